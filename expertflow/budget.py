@@ -1,0 +1,155 @@
+"""The memory budget: where every byte goes, and how many expert slots that leaves.
+
+The arithmetic is pure, so that `plan` (from headers alone) and the loader (with the process at hand)
+share it. A budget covers dense weights, slots, KV cache and scratch; on CPU the interpreter and the
+libraries too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from expertflow.config import Settings, format_bytes, parse_bytes
+
+# Allocator slack, thread stacks, the tokenizer's working memory. Measured with the embedded model and the
+# 8-layer Qwen1.5 shape in a memory cgroup (2026-11): 40 to 90 MiB are used beyond the sums below.
+SLACK_BYTES = 96 * 2**20
+MIN_SLOTS = 2
+# Python objects per expert: spans, placements, counters (measured: 3.4 KiB at 480 experts).
+BOOKKEEPING_BYTES_PER_EXPERT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBytes:
+    """What a model needs, whatever the budget."""
+
+    dense_bytes: int  # parameters and buffers that are no routed expert
+    num_experts: int  # over all layers
+    num_moe_layers: int
+    slot_bytes: int
+    staging_bytes: int  # the loader's own buffers, when weights are cast on their way in
+    kv_bytes_per_token: int
+    scratch_bytes_per_token: int  # while a prompt chunk runs
+    scratch_bytes_per_sequence: int  # logits of the last token, in several copies
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where the budget goes. `num_slots` experts are held at once."""
+
+    model: ModelBytes
+    budget_bytes: int | None  # None when the number of slots was given instead
+    process_bytes: int  # interpreter, libraries and whatever the process holds already
+    kv_bytes: int
+    scratch_bytes: int
+    num_slots: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the slots."""
+        return (
+            self.process_bytes
+            + self.model.dense_bytes
+            + self.kv_bytes
+            + self.scratch_bytes
+            + self.model.staging_bytes
+        )
+
+    @property
+    def slots_bytes(self) -> int:
+        return self.num_slots * self.model.slot_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.fixed_bytes + self.slots_bytes
+
+    @property
+    def slots_per_layer(self) -> float:
+        return self.num_slots / self.model.num_moe_layers
+
+    @property
+    def resident_share(self) -> float:
+        """The part of all experts that fits, 0 to 1."""
+        return min(1.0, self.num_slots / self.model.num_experts)
+
+    def smallest_budget(self) -> int:
+        """The least that runs at all, rounded up to whole MiB."""
+        need = self.fixed_bytes + MIN_SLOTS * self.model.slot_bytes
+        return -(-need // 2**20) * 2**20
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        """(what, bytes, remark) for people."""
+        return [
+            ("interpreter and libraries", self.process_bytes, "measured now"),
+            ("dense weights", self.model.dense_bytes, "attention, embeddings, shared experts, routers"),
+            ("KV cache", self.kv_bytes, f"{format_bytes(self.model.kv_bytes_per_token)} per token"),
+            ("scratch", self.scratch_bytes + self.model.staging_bytes, "activations, logits, slack"),
+            (
+                "expert slots",
+                self.slots_bytes,
+                f"{self.num_slots} of {self.model.num_experts} experts, "
+                f"{format_bytes(self.model.slot_bytes)} each, {self.slots_per_layer:.1f} per layer",
+            ),
+        ]
+
+
+def plan_memory(model: ModelBytes, settings: Settings, process_bytes: int, free_bytes: int) -> MemoryPlan:
+    """How many slots `settings` leave for experts.
+
+    process_bytes: what the process holds before any weight is read. free_bytes: used as the budget when
+    settings give neither memory nor cache_size. Raises ValueError with the arithmetic and the smallest
+    budget that works when fewer than two slots remain.
+    """
+    tokens = settings.context * settings.batch
+    chunk = min(settings.prefill_chunk, settings.context) * settings.batch
+    kv_bytes = tokens * model.kv_bytes_per_token
+    scratch_bytes = (
+        SLACK_BYTES
+        + chunk * model.scratch_bytes_per_token
+        + settings.batch * model.scratch_bytes_per_sequence
+        + model.num_experts * BOOKKEEPING_BYTES_PER_EXPERT
+    )
+    if settings.cache_size is not None:
+        slots = min(model.num_experts, max(MIN_SLOTS, round(settings.cache_size * model.num_moe_layers)))
+        return MemoryPlan(model, None, process_bytes, kv_bytes, scratch_bytes, slots)
+
+    budget = parse_bytes(settings.memory) if settings.memory is not None else free_bytes
+    empty = MemoryPlan(model, budget, process_bytes, kv_bytes, scratch_bytes, 0)
+    slots = (budget - empty.fixed_bytes) // model.slot_bytes
+    if slots < MIN_SLOTS:
+        lines = [f"  {format_bytes(nbytes):>9}  {what}" for what, nbytes, _ in empty.rows()[:-1]]
+        named = f"memory={settings.memory}" if settings.memory is not None else "the free memory"
+        raise ValueError(
+            f"{named} ({format_bytes(budget)}) is too small: it leaves "
+            f"{format_bytes(max(0, budget - empty.fixed_bytes))} for experts of {format_bytes(model.slot_bytes)} "
+            f"each, and at least {MIN_SLOTS} must fit.\n" + "\n".join(lines) + "\n"
+            f"  {format_bytes(MIN_SLOTS * model.slot_bytes):>9}  {MIN_SLOTS} expert slots\n"
+            f"The smallest budget that works is {empty.smallest_budget() // 2**20}MiB; a smaller --context "
+            f"(now {settings.context}) or --prefill-chunk (now {settings.prefill_chunk}) lowers it."
+        )
+    return MemoryPlan(
+        model, budget, process_bytes, kv_bytes, scratch_bytes, min(slots, max(MIN_SLOTS, model.num_experts))
+    )
+
+
+def process_bytes() -> int:
+    """Resident set of this process: anonymous memory and mapped libraries."""
+    return psutil.Process().memory_info().rss
+
+
+def free_bytes() -> int:
+    """What this process may use: its own resident set plus 90 % of what the machine and its cgroup leave."""
+    available = psutil.virtual_memory().available
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = (int(Path(name).read_text()) for name in (limit_file, usage_file))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+        available = min(available, max(0, limit - usage))
+    return process_bytes() + int(available * 0.9)

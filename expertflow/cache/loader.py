@@ -1,0 +1,174 @@
+"""Loader: the only place with I/O threads. It copies experts from a store into slots.
+
+Loads are cut in chunks of a few MiB. Between two chunks the thread looks for a demand load, so a
+demand waits for at most one chunk of a prefetch, never for a whole expert. One thread is enough: it
+saturates the disks we measured and leaves the cores to arithmetic.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from expertflow.core import ExpertId
+from expertflow.store.disk import Chunk
+from expertflow.store.layout import Placement, aligned_buffer, copy_parts, place_packed
+from expertflow.store.protocol import ExpertStore
+
+
+class SlotMemory:
+    """The bytes of all slots, one page-aligned allocation, and the typed views of each resident.
+
+    dtype: what the weights are multiplied in. Where it is the checkpoint's, an expert lies in its slot
+    exactly as a direct read leaves it. Where it differs, it is cast on its way in and slots are smaller.
+    """
+
+    def __init__(self, store: ExpertStore, num_slots: int, dtype: torch.dtype | None = None):
+        self.store = store
+        self.dtype = dtype
+        self.needs_cast = any(_needs_packing(parts, dtype) for parts in store.experts.values())
+        self._packed: dict[ExpertId, Placement] = {}
+        self.slot_bytes = slot_bytes(store, dtype)
+        self._memory = aligned_buffer(num_slots * self.slot_bytes)
+
+    def slot(self, index: int) -> Tensor:
+        """uint8[slot_bytes] on a page boundary."""
+        return self._memory.narrow(0, index * self.slot_bytes, self.slot_bytes)
+
+    def placement(self, expert: ExpertId) -> Placement:
+        """How this expert lies in any slot. A function of the checkpoint and dtype alone, so that an
+        expert has the same alignment, hence the same last bits in its products, wherever it lands."""
+        if not self.needs_cast:
+            return self.store.placement(expert)
+        if expert not in self._packed:
+            self._packed[expert] = place_packed(self.store.experts[expert], self.dtype)
+        return self._packed[expert]
+
+
+def _needs_packing(parts: tuple, dtype: torch.dtype | None) -> bool:
+    return any(
+        (dtype is not None and part.dtype.is_floating_point and part.dtype != dtype)
+        or part.offset % part.dtype.itemsize
+        for part in parts
+    )
+
+
+def slot_bytes(store: ExpertStore, dtype: torch.dtype | None) -> int:
+    """Bytes of one slot when weights are kept in `dtype` (None: as stored)."""
+    if not any(_needs_packing(parts, dtype) for parts in store.experts.values()):
+        return store.slot_bytes
+    page = 4096
+    largest = max(place_packed(parts, dtype).nbytes for parts in store.experts.values())
+    return -(-largest // page) * page
+
+
+@dataclass(slots=True)
+class _Job:
+    expert: ExpertId
+    slot: int
+    urgent: bool
+    chunks: tuple[Chunk, ...]
+    next_chunk: int = 0
+    nbytes: int = 0
+    read_seconds: float = 0.0
+    staging: Tensor | None = field(default=None, repr=False)
+
+
+Finished = Callable[[ExpertId, int, float, BaseException | None], None]
+
+
+class Loader:
+    """A thread that performs loads, urgent ones first, each kind in the order given.
+
+    Every method is called with `condition` held; `finished(expert, nbytes, seconds, error)` is called
+    by the thread with `condition` held. A failed load does not stop the thread.
+    """
+
+    def __init__(self, memory: SlotMemory, condition: threading.Condition, finished: Finished):
+        self.memory = memory
+        self.condition = condition
+        self._finished = finished
+        self._urgent: OrderedDict[ExpertId, _Job] = OrderedDict()
+        self._prefetch: OrderedDict[ExpertId, _Job] = OrderedDict()
+        self._closed = False
+        # Casting needs the bytes as stored beside the slot. Two, since a demand may overtake a prefetch.
+        self._staging = [aligned_buffer(memory.store.slot_bytes) for _ in range(2)] if memory.needs_cast else []
+        self._thread = threading.Thread(target=self._run, name="expertflow-loader", daemon=True)
+        self._thread.start()
+
+    @property
+    def staging_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in self._staging)
+
+    @property
+    def idle(self) -> bool:
+        return not self._urgent and not self._prefetch
+
+    def submit(self, expert: ExpertId, slot: int, urgent: bool) -> None:
+        queue = self._urgent if urgent else self._prefetch
+        queue[expert] = _Job(expert, slot, urgent, self.memory.store.chunks(expert))
+        self.condition.notify_all()
+
+    def promote(self, expert: ExpertId) -> None:
+        """Make a prefetch urgent, keeping what it has read so far."""
+        job = self._prefetch.pop(expert, None)
+        if job is not None:
+            job.urgent = True
+            self._urgent[expert] = job
+
+    def cancel(self, expert: ExpertId) -> bool:
+        """Drop a prefetch of which no byte was asked for yet; True when dropped."""
+        job = self._prefetch.get(expert)
+        if job is None or job.next_chunk > 0 or job.staging is not None:
+            return False
+        del self._prefetch[expert]
+        return True
+
+    def close(self) -> None:
+        """Stop after the chunk in flight. Called without `condition` held; waits for the thread."""
+        with self.condition:
+            self._closed = True
+            self.condition.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self.condition:
+                while self.idle and not self._closed:
+                    self.condition.wait()
+                if self._closed:
+                    return
+                queue = self._urgent or self._prefetch
+                job = next(iter(queue.values()))
+                chunk = job.chunks[job.next_chunk]
+                # From here on cancel() refuses: the slot is being written.
+                job.next_chunk += 1
+                if self._staging and job.staging is None:
+                    job.staging = self._staging.pop()
+            error: BaseException | None = None
+            started = time.perf_counter()
+            try:
+                target = self.memory.slot(job.slot) if job.staging is None else job.staging
+                job.nbytes += self.memory.store.read_chunk(chunk, target)
+                if job.staging is not None and job.next_chunk == len(job.chunks):
+                    raw = self.memory.store.placement(job.expert)
+                    copy_parts(job.staging, raw, self.memory.slot(job.slot), self.memory.placement(job.expert))
+            except Exception as caught:
+                error = caught
+            job.read_seconds += time.perf_counter() - started
+            if error is not None or job.next_chunk == len(job.chunks):
+                with self.condition:
+                    # promote() may have moved it meanwhile.
+                    self._urgent.pop(job.expert, None)
+                    self._prefetch.pop(job.expert, None)
+                    if job.staging is not None:
+                        self._staging.append(job.staging)
+                    self._finished(job.expert, job.nbytes, job.read_seconds, error)
+                    self.condition.notify_all()

@@ -1,0 +1,91 @@
+"""Policies: which expert to evict. Pure decisions: no tensor, thread, file or clock.
+
+A new policy costs two edits: its class and its line in POLICIES; the conformance suite finds it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Container, Iterator
+
+from expertflow.core import ExpertId, MoEShape
+
+
+class Policy:
+    """What the cache tells a policy, and the one question it asks.
+
+    The cache calls `loaded` when an expert gets a slot, `used` when a layer that needs it opens, and
+    `evicted` when it loses the slot.
+    """
+
+    def __init__(self, shape: MoEShape, num_slots: int):
+        self.shape = shape
+        self.num_slots = num_slots
+
+    def loaded(self, expert: ExpertId) -> None:
+        raise NotImplementedError
+
+    def used(self, expert: ExpertId) -> None:
+        raise NotImplementedError
+
+    def evicted(self, expert: ExpertId) -> None:
+        raise NotImplementedError
+
+    def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
+        """An expert of `offered` to make room for `wanted`, or None when nothing known is offered.
+
+        Does not change the policy: the cache calls `evicted` when it follows the advice.
+        """
+        raise NotImplementedError
+
+
+class LayerLRU(Policy):
+    """Least recently used within each layer's share of the slots (Cache-MoE's rule, paper 4.2.1).
+
+    Shares are equal; slots that a layer does not fill yet are lent to others and taken back first.
+    A single LRU order over all layers would be worse than none: layers run in a cycle, so whatever is
+    least recently used is what runs soonest, and with fewer slots than one cycle needs it never hits.
+    """
+
+    def __init__(self, shape: MoEShape, num_slots: int):
+        super().__init__(shape, num_slots)
+        num_layers = shape.num_layers
+        bounds = [layer * num_slots // num_layers for layer in range(num_layers + 1)]
+        self.share = [bounds[layer + 1] - bounds[layer] for layer in range(num_layers)]
+        self._order: list[OrderedDict[ExpertId, None]] = [OrderedDict() for _ in range(num_layers)]
+
+    def loaded(self, expert: ExpertId) -> None:
+        self._order[expert.layer][expert] = None
+
+    def used(self, expert: ExpertId) -> None:
+        self._order[expert.layer].move_to_end(expert)
+
+    def evicted(self, expert: ExpertId) -> None:
+        del self._order[expert.layer][expert]
+
+    def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
+        for layer in self._layers_to_shrink(wanted.layer):
+            for expert in self._order[layer]:
+                if expert in offered:
+                    return expert
+        return None
+
+    def _layers_to_shrink(self, wanted_layer: int) -> Iterator[int]:
+        own_share_is_full = len(self._order[wanted_layer]) >= max(1, self.share[wanted_layer])
+        if own_share_is_full:
+            yield wanted_layer
+        others = [layer for layer in range(len(self._order)) if layer != wanted_layer]
+        # Who borrowed most gives first. Among equals: the layer that ran last, which is needed again last.
+        num_layers = len(self._order)
+        others.sort(
+            key=lambda layer: (
+                self.share[layer] - len(self._order[layer]),
+                (wanted_layer - layer) % num_layers,
+            )
+        )
+        yield from others
+        if not own_share_is_full:
+            yield wanted_layer
+
+
+POLICIES: dict[str, type[Policy]] = {"lru": LayerLRU}

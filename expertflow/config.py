@@ -1,0 +1,101 @@
+"""Settings: one dataclass, from which the keyword arguments and the command line flags are made.
+
+A value and its help text appear here once. Every setting has an effect somewhere and a test that sees it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its command line help; the unit is named in the help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is held in memory. Immutable; wrong values raise ValueError with the remedy."""
+
+    memory: str | int | None = setting(
+        None, "memory for everything (weights, experts, KV cache, scratch), e.g. 6GiB; default: what is free"
+    )
+    cache_size: float | None = setting(
+        None, "experts kept per MoE layer on average (the paper's CS), instead of --memory"
+    )
+    context: int = setting(2048, "tokens per sequence (prompt and answer) that the KV cache may hold")
+    batch: int = setting(1, "sequences at once that the KV cache may hold")
+    prefill_chunk: int = setting(512, "tokens of a prompt that run at once; fewer need less scratch memory")
+    policy: str = setting("lru", "which expert to evict: lru (within each layer's share of the slots)")
+    store: str = setting("disk", "where the other experts are: disk (read in place) or ram (all copied there)")
+    direct_io: bool | None = setting(
+        None, "bypass the page cache when reading experts; default: yes where the file system can"
+    )
+    overlap: bool = setting(True, "compute ready experts while others are read (off: the slow, obvious version)")
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and self.cache_size is not None:
+            raise ValueError(
+                f"memory={self.memory!r} and cache_size={self.cache_size!r} both set the number of slots; "
+                f"give one of them"
+            )
+        if self.memory is not None:
+            parse_bytes(self.memory)
+        if self.cache_size is not None and not self.cache_size > 0:
+            raise ValueError(f"cache_size={self.cache_size} must be above 0 experts per layer")
+        for name in ("context", "batch", "prefill_chunk"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.store not in ("disk", "ram"):
+            raise ValueError(f"store={self.store!r} is unknown; use 'disk' or 'ram'")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [entry.name for entry in fields(cls)]
+
+
+_UNITS = {
+    "b": 1,
+    **{prefix + "b": 1000**power for power, prefix in enumerate("kmgt", 1)},
+    **{prefix + "ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
+}
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes in "6GiB" (2**30), "6GB" (10**9), "512 MiB", or an int of bytes.
+
+    A bare number in text is refused: "6" could be anything.
+    """
+    if isinstance(size, bool) or not isinstance(size, (str, int)):
+        raise ValueError(f"memory={size!r} is neither text such as '6GiB' nor a whole number of bytes")
+    if isinstance(size, int):
+        number, unit = float(size), "b"
+    else:
+        text = size.strip()
+        digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+        unit = text[len(digits) :].strip().lower()
+        try:
+            number = float(digits)
+        except ValueError:
+            raise ValueError(f"memory={size!r} is not a size; write for example '6GiB' or '6GB'") from None
+        if not number > 0:
+            raise ValueError(f"memory={size!r} must be above zero; write for example '6GiB'")
+        if not unit:
+            raise ValueError(f"memory={size!r} has no unit; write '{size}GiB' if you mean gibibytes")
+        if unit not in _UNITS:
+            raise ValueError(f"memory={size!r}: unknown unit {unit!r}; use B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
+    if not 0 < number < float("inf"):
+        raise ValueError(f"memory={size!r} must be above zero and finite; write for example '6GiB'")
+    return int(number * _UNITS[unit])
+
+
+def format_bytes(nbytes: float) -> str:
+    """"6.12 GiB", "512 MiB", "17 B": three significant digits, binary units."""
+    magnitude, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(magnitude) < 1000:
+            break
+        magnitude, unit = magnitude / 1024, larger
+    return f"{magnitude:.0f} {unit}" if unit == "B" else f"{magnitude:.3g} {unit}"

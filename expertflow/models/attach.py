@@ -1,0 +1,245 @@
+"""The seam to transformers: a registered quantizer that takes the experts out and hangs the cache on.
+
+`from_pretrained(name, quantization_config=ExpertFlowConfig(memory="6GiB"))` is the whole integration.
+The loader sees a model without expert parameters, so it never touches their bytes; they stay where
+they are in the checkpoint and are read when a router asks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from expertflow import budget
+from expertflow.budget import MemoryPlan
+from expertflow.cache.expert_cache import ExpertCache
+from expertflow.cache.loader import slot_bytes
+from expertflow.config import Settings
+from expertflow.core import MoEShape
+from expertflow.models import deepseek_moe
+from expertflow.models.experts import Attachment, expertflow_experts
+from expertflow.models.footprint import measure_model
+from expertflow.models.spans import ExpertSpans, MoELayer, derive_expert_spans, find_moe_layers
+from expertflow.models.switch import OffloadedExperts
+from expertflow.store.checkpoint import Checkpoint, open_checkpoint
+from expertflow.store.disk import DiskStore
+from expertflow.store.ram import RamStore
+
+METHOD = "expertflow"
+
+
+class ExpertFlowConfig(QuantizationConfigMixin):
+    """Settings of expertflow in the form that transformers' from_pretrained takes.
+
+    Keyword arguments are the fields of expertflow.config.Settings: memory="6GiB" or cache_size=4, context,
+    batch, policy, ... Unknown names and wrong values raise ValueError.
+    """
+
+    def __init__(self, **settings: Any):
+        register()
+        settings.pop("quant_method", None)
+        unknown = sorted(set(settings) - set(Settings.names()))
+        if unknown:
+            raise ValueError(
+                f"ExpertFlowConfig has no setting {unknown[0]!r}; it has: {', '.join(Settings.names())}"
+            )
+        self.quant_method = METHOD
+        self.settings = Settings(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, **asdict(self.settings)}
+
+
+@dataclass
+class LoadedExperts:
+    """What a loaded model carries as `model.expertflow`."""
+
+    cache: ExpertCache
+    plan: MemoryPlan
+    checkpoint: Checkpoint
+    settings: Settings
+    moe_layers: list[MoELayer]
+
+    def close(self) -> None:
+        """Stop the loader thread and close the checkpoint's files."""
+        self.cache.close()
+        store = self.cache.store
+        if hasattr(store, "close"):
+            store.close()
+
+
+class ExpertFlowQuantizer(HfQuantizer):
+    """Takes experts out before loading; brings dense weights into RAM and the cache up after it."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: ExpertFlowConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.settings = quantization_config.settings
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if not {str(place) for place in places} <= {"None", "cpu", "auto"}:
+            raise ValueError(
+                f"device_map={device_map!r}: expertflow computes on the CPU for now; leave device_map out"
+            )
+
+    def update_device_map(self, device_map: Any) -> None:
+        return None
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if not checkpoint_files:
+            raise ValueError("expertflow reads experts from a checkpoint on disk; from_pretrained got none")
+        moe_layers = find_moe_layers(model)
+        if not moe_layers:
+            raise ValueError(
+                f"{type(model).__name__} (model_type {model.config.model_type!r}) has no experts that expertflow "
+                f"knows: for a dense model use transformers or accelerate directly"
+            )
+        # Hub files are links into a blob folder; the folder that names them is the checkpoint.
+        checkpoint = open_checkpoint(Path(os.path.abspath(checkpoint_files[0])).parent)
+        spans = derive_expert_spans(model, moe_layers, checkpoint)
+        store = DiskStore(checkpoint, spans.parts, direct=self.settings.direct_io)
+        dtype = next(param.dtype for param in moe_layers[0].module.parameters())
+        take_out_experts(model, moe_layers, spans)
+        bytes_per_slot = slot_bytes(store, dtype)
+        staging = 0 if bytes_per_slot == store.slot_bytes else 2 * store.slot_bytes
+        held = budget.process_bytes()
+        if self.settings.store == "ram":
+            held += sum(part.nbytes for parts in spans.parts.values() for part in parts)
+        self._plan = budget.plan_memory(
+            measure_model(model, moe_layers, bytes_per_slot, staging), self.settings, held, budget.free_bytes()
+        )
+        self._checkpoint, self._store, self._moe_layers, self._dtype = checkpoint, store, moe_layers, dtype
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        copy_dense_weights(model, self._checkpoint)
+        store = RamStore(self._store) if self.settings.store == "ram" else self._store
+        cache = ExpertCache(
+            store,
+            MoEShape(tuple(layer.num_experts for layer in self._moe_layers)),
+            self._plan.num_slots,
+            policy=self.settings.policy,
+            dtype=self._dtype,
+            overlap=self.settings.overlap,
+        )
+        for layer in self._moe_layers:
+            model.get_submodule(layer.name).expertflow.cache = cache
+        loaded = LoadedExperts(cache, self._plan, self._checkpoint, self.settings, self._moe_layers)
+        model.expertflow = loaded
+        weakref.finalize(model, LoadedExperts.close, loaded)
+        model.register_forward_pre_hook(_ContextGuard(self.settings), with_kwargs=True)
+        if model.generation_config is not None and not model.config.is_encoder_decoder:
+            model.generation_config.prefill_chunk_size = self.settings.prefill_chunk
+        return model
+
+    def is_serializable(self) -> bool:
+        return False  # the experts are not in the module; the checkpoint they came from is untouched
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers know expertflow's config, quantizer, experts function and extra models. Idempotent."""
+    if METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+    register_quantization_config(METHOD)(ExpertFlowConfig)
+    register_quantizer(METHOD)(ExpertFlowQuantizer)
+    ALL_EXPERTS_FUNCTIONS.register(METHOD, expertflow_experts)
+    deepseek_moe.register()
+
+
+def take_out_experts(model: PreTrainedModel, moe_layers: Sequence[MoELayer], spans: ExpertSpans) -> None:
+    """Delete the experts' (meta) parameters and route their modules to the expert cache."""
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    prefix = rf"({re.escape(model.base_model_prefix)}\.)?" if model.base_model_prefix else ""
+    for layer in moe_layers:
+        attachment = Attachment(None, layer.layer, layer.num_experts, spans.stored_transposed)
+        name = layer.name.removeprefix(f"{model.base_model_prefix}.")
+        if layer.one_module_per_expert:
+            module: nn.Module = OffloadedExperts.replacing(layer.module)
+            model.set_submodule(layer.name, module)
+            ignored.add(rf"^{prefix}{re.escape(name)}\.expert_\d+\.")
+        else:
+            module = layer.module
+            for role in layer.role_shapes:
+                delattr(module, role)
+            module.config._experts_implementation_internal = METHOD
+            roles = "|".join(map(re.escape, layer.role_shapes))
+            ignored.add(rf"^{prefix}{re.escape(name)}\.({roles})$")
+        module.expertflow = attachment
+        module._is_hf_initialized = True
+    # Exactly the experts' tensors are left in the file on purpose; anything else unexpected is reported.
+    model._keys_to_ignore_on_load_unexpected = ignored
+
+
+@torch.no_grad()
+def copy_dense_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Bring dense weights into RAM once.
+
+    The loader leaves them mapped to the file: the first steps would crawl, and under memory pressure
+    the kernel would drop and re-read them for ever.
+    """
+    copied: dict[int, torch.Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_meta or id(tensor) in copied:
+            continue
+        copied[id(tensor)] = tensor
+        tensor.data = tensor.data.clone()
+    for path in checkpoint.files:
+        # The mapped pages count against a memory cgroup until they are given back.
+        with contextlib.suppress(OSError, AttributeError), open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class _ContextGuard:
+    """Refuses a forward pass whose KV cache would outgrow the budget, before it allocates anything."""
+
+    def __init__(self, settings: Settings):
+        self.limit = settings.context * settings.batch
+        self.settings = settings
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = next(
+            (
+                value
+                for value in (
+                    kwargs.get("decoder_input_ids"),
+                    kwargs.get("input_ids"),
+                    kwargs.get("inputs_embeds"),
+                    args[0] if args else None,
+                )
+                if isinstance(value, torch.Tensor)
+            ),
+            None,
+        )
+        if inputs is None or inputs.dim() < 2:
+            return
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        sequences, tokens = inputs.shape[0], inputs.shape[1] + int(past)
+        if sequences * tokens > self.limit:
+            raise ValueError(
+                f"{sequences} sequence(s) of {tokens} tokens exceed the KV budget of {self.settings.batch} x "
+                f"{self.settings.context} tokens; load the model with a larger context= or batch= "
+                f"(--context, --batch), or shorten the prompt"
+            )

@@ -1,0 +1,134 @@
+"""What a model needs in memory, measured on its meta-device skeleton before a byte is read.
+
+The KV cache is asked, not computed: a dry run on meta gives the bytes of one more token for any
+attention (grouped, latent, sliding) without a table of families.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from expertflow.budget import ModelBytes
+from expertflow.models.spans import MoELayer
+
+logger = logging.getLogger(__name__)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def measure_model(
+    model: PreTrainedModel, moe_layers: Sequence[MoELayer], slot_bytes: int, staging_bytes: int
+) -> ModelBytes:
+    """model: on meta, its experts already taken out. Tied weights count once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # Tying happens after loading; on meta the two ends are still two tensors.
+    tied_bytes = sum(p.numel() * p.element_size() for name, p in parameters.items() if name in tied)
+    distinct = {id(p) for name, p in parameters.items() if name not in tied}
+    already_one = sum(
+        p.numel() * p.element_size() for name, p in parameters.items() if name in tied and id(p) in distinct
+    )
+    return ModelBytes(
+        dense_bytes=tensor_bytes(model) - (tied_bytes - already_one),
+        num_experts=sum(layer.num_experts for layer in moe_layers),
+        num_moe_layers=len(moe_layers),
+        slot_bytes=slot_bytes,
+        staging_bytes=staging_bytes,
+        kv_bytes_per_token=kv_bytes_per_token(model),
+        scratch_bytes_per_token=_scratch_bytes_per_token(model),
+        scratch_bytes_per_sequence=16 * _vocabulary(model),
+    )
+
+
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """What the cache grows by for one more token of one sequence, over all layers."""
+    try:
+        one, two = (_cache_bytes(_dry_run(model, tokens)) for tokens in (1, 2))
+        if two > one:
+            return two - one
+    except Exception as error:
+        # Some forward passes look at values, which meta tensors do not have.
+        logger.debug("no dry run on meta for %s: %s", type(model).__name__, error)
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", 1)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    if getattr(config, "kv_lora_rank", None):  # latent attention: transformers caches the expanded heads
+        key = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+        return config.num_hidden_layers * heads * (key + (config.v_head_dim or key)) * model.dtype.itemsize
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+
+
+@torch.no_grad()
+def _dry_run(model: PreTrainedModel, tokens: int) -> Any:
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    was_training = model.training
+    model.eval()
+    try:
+        if model.config.is_encoder_decoder:
+            return model(input_ids=ids, decoder_input_ids=ids, use_cache=True).past_key_values
+        return model(input_ids=ids, use_cache=True).past_key_values
+    finally:
+        model.train(was_training)
+
+
+def _cache_bytes(cache: Any) -> int:
+    """Bytes of every tensor a transformers cache holds, of whatever layer kinds it is made."""
+    total, stack, seen = 0, [cache], set()
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            total += item.numel() * item.element_size()
+        elif isinstance(item, (list, tuple)):
+            stack += item
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif type(item).__module__.startswith("transformers.cache_utils"):
+            stack += vars(item).values()
+    return total
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if head is not None else 0
+
+
+def _scratch_bytes_per_token(model: PreTrainedModel) -> int:
+    """Activations alive at once while one layer computes, counted generously: eight hidden states, the
+    widest projection four times, and two [K, D] buffers of expert outputs."""
+    config = model.config.get_text_config(decoder=True)
+    hidden = config.hidden_size
+    head = model.get_output_embeddings()
+    widths = [m.out_features for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    top_k = next(
+        (
+            value
+            for name in ("num_experts_per_tok", "moe_top_k", "top_k_experts", "num_experts_per_token", "moe_topk")
+            if isinstance(value := getattr(config, name, None), int)
+        ),
+        2,
+    )
+    per_token = 8 * hidden + 4 * max(widths, default=hidden) + 2 * top_k * hidden
+    if config._attn_implementation == "eager":
+        heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", 1)
+        return per_token * model.dtype.itemsize + 3 * heads * _EAGER_SPAN * 4
+    return per_token * model.dtype.itemsize
+
+
+# Eager attention writes out a score for each earlier token. The context is not known here; 2048 is the default.
+_EAGER_SPAN = 2048
