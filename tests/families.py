@@ -29,6 +29,8 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from expertflow.models import deepseek_moe
+
 VOCAB_SIZE = 128
 NUM_EXPERTS = 8
 PAD, EOS, UNK = 0, 1, 2
@@ -174,6 +176,27 @@ FAMILIES: dict[str, Family] = {
         ),
         moe_layers=2,
     ),
+    "deepseek_moe": Family(
+        _decoder_only(
+            "deepseek",
+            num_hidden_layers=3,
+            num_key_value_heads=4,
+            n_routed_experts=NUM_EXPERTS,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+        ),
+        moe_layers=2,
+        published_fields={
+            "auto_map": {
+                "AutoConfig": "configuration_deepseek.DeepseekConfig",
+                "AutoModel": "modeling_deepseek.DeepseekModel",
+                "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+            },
+            "rope_theta": 10000,
+            "rope_scaling": None,
+            "seq_aux": True,
+        },
+    ),
     "qwen3_moe": Family(
         _decoder_only(
             "qwen3_moe",
@@ -313,21 +336,27 @@ def write_checkpoint(
     Returns folder, which is created when absent.
     """
     family = FAMILIES[name]
+    if name == "deepseek_moe":
+        deepseek_moe.register()
     folder.mkdir(parents=True, exist_ok=True)
     model = _random_model(family, seed)
-    model.to(dtype)
+    model.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides nn.Module.to from mypy
     state = revert_weight_conversion(model, model.state_dict())
     # Correction biases are float32 in published bf16 checkpoints.
     state = {key: t.float() if "e_score_correction_bias" in key else t for key, t in state.items()}
     if family.extra_tensors is not None:
         state |= family.extra_tensors(state)
     _write_weights(state, folder, family, shards)
+    model.config.dtype = dtype
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     if family.published_fields is not None:
         path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | family.published_fields, indent=2))
+        config = json.loads(path.read_text()) | family.published_fields
+        config["torch_dtype"] = config.pop("dtype")
+        del config["rope_parameters"], config["transformers_version"]  # as written before transformers 5
+        path.write_text(json.dumps(config, indent=2))
     tiny_tokenizer(seq2seq=family.seq2seq).save_pretrained(folder)
     return folder
 
@@ -370,7 +399,7 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Random values in place, of a size that keeps activations near 1 and lets routing vary between tokens."""
+    """Random values in place, of a size that keeps activations near 1 and routing varied between tokens."""
     noise = torch.randn(tensor.shape, generator=generator)
     if name.endswith(("A_log", "dt_bias", "dt_proj.bias", ".D")):
         tensor.add_(0.1 * noise)  # state-space decay rates: far from their initial range they overflow

@@ -1,8 +1,9 @@
 """DeepSeek-MoE-16B (model_type "deepseek"), which transformers has no class for.
 
-The published repository brings its own Python; we never run it. This is the same architecture on transformers' own
-Llama parts: plain multi-head attention, a dense first layer, then layers with shared experts that every token uses
-and routed ones behind transformers' experts interface, so that any registered experts function applies.
+The published repository brings its own Python; we never run it. This is the same architecture on
+transformers' own Llama parts: plain multi-head attention, a dense first layer, then layers with shared experts
+that every token uses and routed ones behind transformers' experts interface, so that any registered experts
+function applies.
 Nothing happens at import: call `register` to let the Auto classes know the architecture.
 Not for DeepSeek-V2 or V3, which transformers has under "deepseek_v2" and "deepseek_v3".
 """
@@ -41,8 +42,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 class DeepseekConfig(LlamaConfig):
     """The fields of the published config.json; defaults are those of deepseek-ai/deepseek-moe-16b-base.
 
-    first_k_dense_replace: that many first layers are dense. moe_layer_freq: of the others, every layer whose number
-    is a multiple of it has experts. n_shared_experts: None for none; they are one MLP of that many widths.
+    first_k_dense_replace: that many first layers are dense. moe_layer_freq: of the others, those whose number
+    is a multiple of it have experts. n_shared_experts: None for none; they are one MLP of that many widths.
     aux_loss_alpha: weight of the balance loss, added in training when output_router_logits is set.
     Raises ValueError for a scoring function or a number of experts that the architecture does not have.
     """
@@ -83,7 +84,7 @@ class DeepseekConfig(LlamaConfig):
 
 @use_experts_implementation
 class DeepseekExperts(nn.Module):
-    """The routed experts of a layer, packed: gate_up_proj [E, 2I, D] with the gate first, down_proj [E, D, I]."""
+    """The routed experts of a layer, packed: gate_up_proj [E, 2I, D], gate first, and down_proj [E, D, I]."""
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class DeepseekExperts(nn.Module):
 
 
 class DeepseekRouter(nn.Module):
-    """Softmax over all experts, then the greedy top K; the probabilities are not rescaled unless the config says so."""
+    """Softmax over all experts, then the greedy top K, rescaled to sum 1 only where norm_topk_prob is set."""
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if has_experts(config, layer_idx):
-            self.mlp = DeepseekMoE(config)
+            self.mlp: nn.Module = DeepseekMoE(config)
 
 
 class DeepseekPreTrainedModel(LlamaPreTrainedModel):
@@ -278,7 +279,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     ) -> MoeCausalLMOutputWithPast:
         """As every causal model of transformers; labels [B, T], -100 where there is no loss.
 
-        With output_router_logits the balance loss is in aux_loss and, weighted by aux_loss_alpha, in the loss.
+        With output_router_logits the balance loss is aux_loss and, weighted by aux_loss_alpha, in the loss.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -320,9 +321,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 def balance_loss(router_logits: tuple[Tensor, ...], batch_size: int, top_k: int) -> Tensor:
     """The balance loss of the published code with seq_aux: one term per sequence and layer.
 
-    router_logits: one [B * T, E] per MoE layer. A term is the sum over experts of (tokens routed there, relative to
-    an even split) x (mean probability), 1 when even; terms are averaged over sequences and summed over layers.
-    Padding counts as tokens, as in the published code.
+    router_logits: one [B * T, E] per MoE layer. A term is the sum over experts of (tokens routed there,
+    relative to an even split) x (mean probability), 1 when even; the result is averaged over sequences and
+    summed over layers. Padding counts as tokens, as in the published code.
     """
     total = router_logits[0].new_zeros((), dtype=torch.float32)
     for logits in router_logits:
@@ -338,15 +339,15 @@ def balance_loss(router_logits: tuple[Tensor, ...], batch_size: int, top_k: int)
 
 
 def register() -> None:
-    """Let AutoConfig and the AutoModel classes load model_type "deepseek", and map the published tensor names.
+    """Let the Auto classes load model_type "deepseek", and transformers find the published tensor names.
 
-    Local classes win over a checkpoint's auto_map, so its remote code is neither asked about nor run. May be
-    called again.
+    Local classes win over a checkpoint's auto_map, so its remote code is neither asked about nor run.
+    May be called again.
     """
     AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
     AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
-    # mlp.experts.E.{gate,up,down}_proj.weight, one tensor per expert and projection: as Qwen2-MoE is published.
+    # mlp.experts.E.{gate,up,down}_proj.weight, a tensor per expert and projection: as Qwen2-MoE is published.
     mapping = get_checkpoint_conversion_mapping("qwen2_moe")
     assert mapping is not None
     register_checkpoint_conversion_mapping("deepseek", mapping, overwrite=True)
