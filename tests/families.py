@@ -423,6 +423,8 @@ def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
 def _gain(name: str) -> float:
     if ".router." in name or ".gate.weight" in name or "lm_head" in name:
         return 3.0
+    if name.startswith("model.decoder.") and name.endswith((".q_proj.weight", ".k_proj.weight")):
+        return 3.0  # NLLB: blurred attention sees no difference between one prefix and the next
     if name.endswith((".q.weight", "EncDecAttention.o.weight", "cross_attention.out_proj.weight")):
         # Switch does not scale its scores, and cross attention drowns the token just written: both end in
         # one token for ever.

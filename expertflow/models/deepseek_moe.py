@@ -1,9 +1,9 @@
 """DeepSeek-MoE-16B (model_type "deepseek"), which transformers has no class for.
 
 The published repository brings its own Python; we never run it. This is the same architecture on
-transformers' own Llama parts: plain multi-head attention, a dense first layer, then layers with shared experts
-that every token uses and routed ones behind transformers' experts interface, so that any registered experts
-function applies.
+transformers' own Llama parts: plain multi-head attention, a dense first layer, then layers with shared
+experts that every token uses and routed ones behind transformers' experts interface, so that any registered
+experts function applies.
 Nothing happens at import: call `register` to let the Auto classes know the architecture.
 Not for DeepSeek-V2 or V3, which transformers has under "deepseek_v2" and "deepseek_v3".
 """
@@ -167,7 +167,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if has_experts(config, layer_idx):
-            self.mlp: nn.Module = DeepseekMoE(config)
+            self.mlp = DeepseekMoE(config)  # type: ignore[assignment]  # not a LlamaMLP, on purpose
 
 
 class DeepseekPreTrainedModel(LlamaPreTrainedModel):
