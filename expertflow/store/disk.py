@@ -23,9 +23,17 @@ from typing import Any
 from torch import Tensor
 
 from expertflow.core import ExpertId
-from expertflow.store.buffers import aligned_buffer
 from expertflow.store.checkpoint import Checkpoint, FileIdentity, changed_error
-from expertflow.store.layout import PAGE, Part, Placement, Run, page_ceil, page_floor, place_raw
+from expertflow.store.layout import (
+    PAGE,
+    Part,
+    Placement,
+    Run,
+    aligned_buffer,
+    page_ceil,
+    page_floor,
+    place_raw,
+)
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,9 @@ kernels that treat unaligned heads apart then return the same bits wherever an e
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,6 +20,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+_HUGE_PAGE = 2 << 20
 PAGE = 4096  # what O_DIRECT wants of offsets, lengths and addresses on common file systems
 
 
@@ -217,3 +220,17 @@ def copy_parts(
                 continue
             target[row : row + view.shape[0]].copy_(source, non_blocking=non_blocking)
             row += view.shape[0]
+
+
+def aligned_buffer(nbytes: int) -> Tensor:
+    """Zeroed uint8 tensor of nbytes on a page boundary; pages cost memory only once touched.
+
+    The memory goes back to the system with the last tensor that shares it.
+    """
+    assert nbytes > 0, nbytes
+    # mmap's default is a shared mapping, which never gets huge pages and is counted as shmem.
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them; only speed is lost
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from expertflow.core import ExpertId
-from expertflow.store.buffers import aligned_buffer
 from expertflow.store.disk import Chunk, DiskStore
-from expertflow.store.layout import PAGE, Part, Placement
+from expertflow.store.layout import PAGE, Part, Placement, aligned_buffer
 
 # Pinned allocations are rounded up to a power of two, so one per expert would waste up to half.
 _PINNED_BLOCK_BYTES = 256 << 20
