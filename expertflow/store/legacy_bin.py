@@ -106,9 +106,13 @@ def _storage_span(key: str, tensor: torch.Tensor, record_bytes: Mapping[int, int
     if nbytes == 0:
         return TensorSpan(key, path, 0, 0, tensor.dtype, tuple(tensor.shape))
     storage_offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    begin = tensor.storage_offset() * tensor.dtype.itemsize
-    available = record_bytes.get(storage_offset, 0) if storage_offset is not None else 0
-    if storage_offset is None or begin + nbytes > available:
+    begin = int(tensor.storage_offset()) * tensor.dtype.itemsize
+    # From format version 1 on torch computes the offset from how its own writer pads. A file that another
+    # tool rewrote disproves that, and without this check other bytes would pass for weights.
+    if not isinstance(storage_offset, int) or storage_offset not in record_bytes:
+        raise _refused(path, f"keeps tensor {short(key)} elsewhere than torch.save does")
+    available = record_bytes[storage_offset]
+    if begin + nbytes > available:
         raise damaged(
             path, f"tensor {short(key)} needs bytes {begin} to {begin + nbytes} of a record of {available}"
         )
