@@ -178,6 +178,8 @@ def take_out_experts(model: PreTrainedModel, moe_layers: Sequence[MoELayer], spa
         if layer.one_module_per_expert:
             module: nn.Module = OffloadedExperts.replacing(layer.module)
             model.set_submodule(layer.name, module)
+            # Its parent initialises the experts by their names, which are gone; its router comes from the file.
+            model.get_submodule(layer.name.rpartition(".")[0])._is_hf_initialized = True
             ignored.add(rf"^{prefix}{re.escape(name)}\.expert_\d+\.")
         else:
             module = layer.module
