@@ -78,7 +78,8 @@ def _dry_run(model: PreTrainedModel, tokens: int) -> Any:
     model.eval()
     try:
         if model.config.is_encoder_decoder:
-            return model(input_ids=ids, decoder_input_ids=ids, use_cache=True).past_key_values
+            # Not use_cache=True, which Switch hands to its encoder and then refuses; decoders cache anyway.
+            return model(input_ids=ids, decoder_input_ids=ids).past_key_values
         return model(input_ids=ids, use_cache=True).past_key_values
     finally:
         model.train(was_training)
