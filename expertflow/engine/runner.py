@@ -1,0 +1,114 @@
+"""Runner: the decode loop over one batch, as a generator that is paused between two tokens.
+
+transformers' `generate` prepares everything (masks, positions, KV cache, encoder pass) and then calls
+`_decode_loop` in place of its own `_sample`. Written as a generator it needs no second thread to stream, and
+an abandoned or interrupted answer ends like any other. Which token is taken is sampler.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from expertflow.engine.interrupts import Interrupts
+from expertflow.engine.request import Row
+from expertflow.engine.sampler import choose_token
+
+# transformers declares its own methods as Tensor | Module, and mypy would refuse to call them.
+GenerativeModel = Any
+
+
+def decode(
+    model: GenerativeModel, rows: Sequence[Row], pad_token: int, interrupts: Interrupts
+) -> Iterator[list[str]]:
+    """Run rows to their ends as one batch. Yields, for each step, the new text of each row ("" for none).
+
+    Decoder-only prompts are padded on the left. Encoder inputs are padded on the right: Switch's experts take
+    tokens in order until their capacity is full, so padding must come last.
+    """
+    seq2seq = model.config.is_encoder_decoder
+    longest = max(len(row.prompt_ids) for row in rows)
+    input_ids_BT = torch.full((len(rows), longest), pad_token)
+    mask_BT = torch.zeros_like(input_ids_BT)
+    for index, row in enumerate(rows):
+        length = len(row.prompt_ids)
+        place = slice(0, length) if seq2seq else slice(longest - length, longest)
+        input_ids_BT[index, place] = torch.tensor(row.prompt_ids)
+        mask_BT[index, place] = 1
+
+    def decode_loop(
+        model: GenerativeModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Iterator[list[str]]:
+        # The rows know where they end; stopping_criteria would only know of the longest.
+        return _decode_loop(
+            model, input_ids, logits_processor, generation_config, model_kwargs, rows, pad_token, interrupts
+        )
+
+    with interrupts.deferred():
+        steps = model.generate(
+            input_ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=max(row.max_tokens for row in rows),
+            custom_generate=decode_loop,
+        )
+    yield from steps
+
+
+@torch.no_grad()
+def _decode_loop(
+    model: GenerativeModel,
+    input_ids_BT: Tensor,
+    logits_processor: Any,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    rows: Sequence[Row],
+    pad_token: int,
+    interrupts: Interrupts,
+) -> Iterator[list[str]]:
+    seq2seq = model.config.is_encoder_decoder
+    first = True
+    while True:
+        with interrupts.deferred():
+            if first:
+                outputs = model._prefill(input_ids_BT, generation_config, model_kwargs)
+            else:
+                inputs = model.prepare_inputs_for_generation(
+                    input_ids_BT,
+                    next_sequence_length=1 if model_kwargs["use_cache"] else None,
+                    **model_kwargs,
+                )
+                outputs = model(**inputs, return_dict=True)
+            first = False
+            model_kwargs = model._update_model_kwargs_for_generation(
+                outputs, model_kwargs, is_encoder_decoder=seq2seq
+            )
+            scores_BV = logits_processor(input_ids_BT, outputs.logits[:, -1].float())
+            del outputs
+        texts = [""] * len(rows)
+        next_B = torch.full((len(rows),), pad_token)
+        for index, row in enumerate(rows):
+            if row.finish_reason is not None:
+                continue
+            next_B[index] = token = choose_token(
+                scores_BV[index],
+                row.params,
+                seed=row.seed,
+                answer=row.answer,
+                position=len(row.token_ids),
+                # As transformers has it: a decoder sees what it wrote, not what the encoder read.
+                seen=input_ids_BT[index].tolist() if seq2seq else row.prompt_ids + row.token_ids,
+            )
+            texts[index] = row.push(token)
+        yield texts
+        if all(row.finish_reason is not None for row in rows):
+            return
+        input_ids_BT = torch.cat([input_ids_BT, next_B[:, None]], dim=-1)
