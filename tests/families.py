@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -359,6 +360,17 @@ def write_checkpoint(
         path.write_text(json.dumps(config, indent=2))
     tiny_tokenizer(seq2seq=family.seq2seq).save_pretrained(folder)
     return folder
+
+
+def tensors_on_disk(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its name in the file, of all its shards."""
+    tensors: dict[str, Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    for path in folder.glob("*.bin"):
+        tensors |= torch.load(path, weights_only=True)
+    return tensors
 
 
 def tiny_tokenizer(*, seq2seq: bool = False) -> PreTrainedTokenizerFast:

@@ -71,8 +71,8 @@ class DeepseekConfig(LlamaConfig):
     aux_loss_alpha: float = 0.001
     output_router_logits: bool = False
 
-    def validate_router(self) -> None:
-        """Called by transformers' validation, on load and on construction."""
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func={self.scoring_func!r}: DeepSeek-MoE routes by softmax only")
         if not 0 < self.num_experts_per_tok <= self.n_routed_experts:

@@ -8,7 +8,6 @@ their place. The routers stay transformers' own: they decide capacity, dropped t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +48,6 @@ class OffloadedExperts(nn.Module):
     def __init__(self, act: nn.Module):
         super().__init__()
         self.act = act
-
-    def __getitem__(self, name: str) -> SimpleNamespace:
-        """What transformers' Switch _init_weights looks up: weights that say they need no initial value."""
-        weight = torch.empty(0)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]
-        return SimpleNamespace(wi=SimpleNamespace(weight=weight), wo=SimpleNamespace(weight=weight))
 
     def _refuse_training(self) -> None:
         if self.training:

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from tests.families import EOS, FAMILIES, NUM_EXPERTS, PAD, VOCAB_SIZE, write_checkpoint
+from tests.families import EOS, FAMILIES, NUM_EXPERTS, PAD, VOCAB_SIZE, tensors_on_disk, write_checkpoint
 
 # Where a layer's experts are on the hub, written by hand from the published repositories: the regular
 # expression of a tensor's name, and its shape here. D = 32, E = 8; a packed tensor has E in front.
@@ -93,16 +91,6 @@ PUBLISHED: dict[str, dict[str, tuple[int, ...]]] = {
 def written(request, tmp_path_factory) -> tuple[str, Path]:
     """Each family's name and folder, written once for all tests here."""
     return request.param, write_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def tensors_on_disk(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    for path in folder.glob("*.bin"):
-        tensors |= torch.load(path, weights_only=True)
-    return tensors
 
 
 def load(name: str, folder: Path) -> tuple[PreTrainedModel, dict[str, set[str]]]:
