@@ -1,7 +1,8 @@
 """The expert cache engine: joins slots, plan and loader, and hands experts to a layer as they become ready.
 
 `open_layer` is all that arithmetic sees. Decisions are plan.py's, threads are loader.py's; this file
-executes the one with the other and records what happened.
+executes the one with the other and records what happened. Threads may share a cache: one layer is open
+at a time and the others wait in line, so that nobody's experts are released by somebody else.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from expertflow.cache.loader import Loader, SlotMemory
-from expertflow.cache.plan import Action, Cancel, CachePlan, Load, Promote
+from expertflow.cache.plan import Action, CachePlan, Cancel, Load, Promote
 from expertflow.cache.policies import POLICIES
 from expertflow.cache.slots import SlotTable
 from expertflow.cache.stats import CacheStats
@@ -57,12 +59,14 @@ class ExpertCache:
         self.table = SlotTable(num_slots)
         self.plan = CachePlan(self.table, POLICIES[policy](shape, num_slots))
         self.memory = SlotMemory(store, num_slots, dtype)
-        self.stats = CacheStats(shape, num_slots, self.memory.slot_bytes, getattr(store, "io_mode", "memory"))
+        self.stats = CacheStats(shape, num_slots, self.memory.slot_bytes, store.io_mode)
         self.events: list[tuple] | None = [] if record_events else None
         self._condition = threading.Condition()
         self._weights: dict[ExpertId, Weights] = {}
         self._failed: dict[ExpertId, BaseException] = {}
         self._prefetched_unused: set[ExpertId] = set()
+        self._line: dict[object, int] = {}  # turns of open_layer, the open one first -> thread that took it
+        self._broken: BaseException | None = None
         self._closed = False
         self._loader = Loader(self.memory, self._condition, self._load_finished)
 
@@ -76,10 +80,8 @@ class ExpertCache:
         A wrong hint costs time, never correctness; unknown expert ids are a ValueError.
         """
         experts = list(experts)
-        for expert in experts:
-            if expert not in self.store.experts:
-                raise ValueError(f"prefetch of {expert}, which the checkpoint does not have")
-        with self._condition:
+        self._verify_known(experts)
+        with self._changing_books():
             self._record("prefetch", tuple(experts))
             self._execute(self.plan.prefetch(experts))
 
@@ -87,75 +89,130 @@ class ExpertCache:
         """Yield (expert, its weights by role) for each of `experts`, ready ones first.
 
         experts: distinct ids; more than there are slots run in waves. The weights are valid until the
-        next item is asked for, and not after. Raises the store's error when a read fails.
+        next item is asked for, and not after. Raises the store's error when a read fails; the next call
+        tries again. The layer is open, and other threads wait, until the iterator ends or is closed.
         """
         needed = [ExpertId(layer, expert) for expert in experts]
-        started = time.perf_counter()
-        counters = self.stats.layers[layer]
-        pending = dict.fromkeys(needed)
+        self._verify_known(needed)
+        if len(set(needed)) != len(needed):
+            raise ValueError(f"open_layer of layer {layer}: experts {list(experts)} are not distinct")
+        pending: dict[ExpertId, None] = {}
         current: ExpertId | None = None
-        with self._condition:
-            if self._closed:
-                raise RuntimeError("this ExpertCache is closed; load the model again to use it")
-            opened = self.plan.open_layer(layer, needed)
-            self._record("open_layer", layer, tuple(needed))
-            counters.hits += len(opened.ready)
-            counters.in_flight += len(opened.in_flight)
-            counters.misses += len(opened.missing)
-            uses_E = self.stats.uses_LE[layer]
-            for expert in needed:
-                uses_E[expert.expert] += 1
-                self._prefetched_unused.discard(expert)
-            self._execute(opened.actions)
+        counters = self.stats.layers[layer]
+        started = time.perf_counter()
+        turn = object()
         try:
+            with self._condition:
+                self._wait_in_line(turn)
+            started = time.perf_counter()
+            with self._changing_books():
+                pending.update(dict.fromkeys(needed))
+                self._open(layer, needed)
             while pending:
-                with self._condition:
-                    if current is not None:
+                if current is not None:
+                    with self._changing_books():
                         self._release(current)
                         current = None
+                with self._condition:
                     while (ready := self._next_ready(pending)) is None:
                         stalled = time.perf_counter()
                         self._condition.wait()
                         counters.stall_seconds += time.perf_counter() - stalled
-                del pending[ready]
-                current = ready
+                    current = ready
+                    del pending[ready]
                 yield ready.expert, self._weights[ready]
         finally:
             with self._condition:
-                if current is not None:
-                    self._release(current)
-                if pending:
-                    self._give_up(pending)
-            counters.open_seconds += time.perf_counter() - started
+                was_open = next(iter(self._line), None) is turn
+                try:
+                    if was_open and self._broken is None:
+                        with self._changing_books(even_if_closed=True):
+                            self._leave(current, pending)
+                finally:
+                    self._line.pop(turn, None)
+                    self._condition.notify_all()
+            if was_open:
+                counters.open_seconds += time.perf_counter() - started
 
     def reset_stats(self) -> None:
         with self._condition:
             self.stats.reset()
+            self._prefetched_unused.clear()
 
     def wait_idle(self) -> None:
-        """Return when no load is queued or under way (tests and benchmarks)."""
+        """Return when no load is queued or under way, or the cache is closed (tests and benchmarks)."""
         with self._condition:
-            while not self._loader.idle:
+            while not (self._loader.idle or self._closed or self._broken):
                 self._condition.wait()
 
     def close(self) -> None:
-        """Stop the loader. Idempotent; the weights must not be used afterwards."""
+        """Stop the loader: on return no read is under way. Idempotent; a layer that is open in another
+        thread gets a RuntimeError. The weights must not be used afterwards."""
         with self._condition:
-            if self._closed:
-                return
             self._closed = True
             self._condition.notify_all()
         self._loader.close()
 
+    @contextmanager
+    def _changing_books(self, even_if_closed: bool = False) -> Iterator[None]:
+        """Hold the lock over one step of the books. A step cut short (Ctrl-C between two lines, a bug)
+        leaves experts in slots that the books do not know: then nothing may be read any more."""
+        with self._condition:
+            self._verify_usable(even_if_closed)
+            try:
+                yield
+            except BaseException as error:
+                self._broken = error
+                self._condition.notify_all()
+                raise
+
+    def _verify_usable(self, even_if_closed: bool = False) -> None:
+        if self._broken is not None:
+            raise RuntimeError(
+                "the expert cache was interrupted in the middle of a change; load the model again"
+            ) from self._broken
+        if self._closed and not even_if_closed:
+            raise RuntimeError("the expert cache is closed; load the model again to use it")
+
+    def _verify_known(self, experts: Sequence[ExpertId]) -> None:
+        for expert in experts:
+            if expert not in self.store.experts:
+                raise ValueError(f"{expert}: the checkpoint has {len(self.store.experts)}, but not this one")
+
+    def _wait_in_line(self, turn: object) -> None:
+        self._verify_usable()
+        me = threading.get_ident()
+        if me in self._line.values():
+            raise RuntimeError(
+                "open_layer: this thread has a layer open already and would wait for itself; "
+                "exhaust or close that iterator first"
+            )
+        self._line[turn] = me
+        while next(iter(self._line)) is not turn:
+            self._condition.wait()
+            self._verify_usable()
+
+    def _open(self, layer: int, needed: list[ExpertId]) -> None:
+        opened = self.plan.open_layer(layer, needed)
+        self._record("open_layer", layer, tuple(needed))
+        counters = self.stats.layers[layer]
+        counters.hits += len(opened.ready)
+        counters.in_flight += len(opened.in_flight)
+        counters.misses += len(opened.missing)
+        uses_E = self.stats.uses_LE[layer]
+        for expert in needed:
+            uses_E[expert.expert] += 1
+            self._prefetched_unused.discard(expert)
+        self._execute(opened.actions)
+
     def _next_ready(self, pending: dict[ExpertId, None]) -> ExpertId | None:
-        if self._closed:
-            raise RuntimeError("this ExpertCache was closed while a layer was computing")
+        self._verify_usable()
         some_missing = False
         first = None
         for expert in pending:
             if expert in self._failed:
                 raise self._failed[expert]
-            if self.table.is_ready(expert) and self.table.is_pinned(expert):
+            if self.table.is_ready(expert):
                 if self.overlap:
                     return expert
                 first = first or expert
@@ -168,17 +225,25 @@ class ExpertCache:
         self._record("release", expert)
         self._execute(self.plan.release(expert))
 
-    def _give_up(self, pending: dict[ExpertId, None]) -> None:
-        """The layer's computation failed or was interrupted: leave the books as if it had finished."""
-        self.plan.withdraw(pending)
-        self._record("withdraw", tuple(pending))
+    def _leave(self, current: ExpertId | None, pending: dict[ExpertId, None]) -> None:
+        """The open layer ends. What is pending was given up: its computation failed or was interrupted."""
+        if current is not None:
+            pending.pop(current, None)
+        if pending:  # first, or the releases below would start loads for it
+            self._record("withdraw", tuple(pending))
+            self._execute(self.plan.withdraw(pending))
+        if current is not None:
+            self._release(current)
         for expert in pending:
             if self.table.is_pinned(expert):
                 self._release(expert)
-            if expert in self._failed and not self.table.is_pinned(expert):
-                del self._failed[expert]
-                self._record("load_abandoned", expert)
-                self._execute(self.plan.load_abandoned(expert))
+            if self._failed.pop(expert, None) is not None:
+                self._abandon(expert)
+
+    def _abandon(self, expert: ExpertId) -> None:
+        self._count_unused(expert)
+        self._record("load_abandoned", expert)
+        self._execute(self.plan.load_abandoned(expert))
 
     def _execute(self, actions: Iterable[Action]) -> None:
         todo = list(actions)
@@ -195,11 +260,15 @@ class ExpertCache:
                 self._loader.submit(action.expert, action.slot, action.urgent)
             elif isinstance(action, Promote):
                 self._loader.promote(action.expert)
-            elif isinstance(action, Cancel) and self._loader.cancel(action.expert):
-                self.stats.cancelled += 1
-                self._count_unused(action.expert)
-                self._record("load_abandoned", action.expert)
-                todo += self.plan.load_abandoned(action.expert)
+            elif isinstance(action, Cancel):
+                if self._loader.cancel(action.expert):
+                    self.stats.cancelled += 1
+                    self._count_unused(action.expert)
+                    self._record("load_abandoned", action.expert)
+                    todo += self.plan.load_abandoned(action.expert)
+                else:
+                    self._record("cancel_refused", action.expert)
+                    todo += self.plan.cancel_refused(action.expert)
 
     def _count_unused(self, expert: ExpertId) -> None:
         if expert in self._prefetched_unused:
@@ -209,22 +278,23 @@ class ExpertCache:
     def _load_finished(
         self, expert: ExpertId, nbytes: int, seconds: float, error: BaseException | None
     ) -> None:
-        self.stats.layers[expert.layer].bytes_read += nbytes
-        self.stats.read_seconds += seconds
-        if error is None:
-            slot = self.table.lookup(expert)
-            assert slot is not None, f"{expert} was loaded into no slot"
-            self.stats.loads_LE[expert.layer][expert.expert] += 1
-            self._weights[expert] = tensors(self.memory.slot(slot), self.memory.placement(expert))
-            self._record("load_finished", expert)
-            self._execute(self.plan.load_finished(expert))
-        elif self.table.is_pinned(expert):
-            self._failed[expert] = error
-        else:
-            # A later demand will try again and, if it fails again, say so to someone who can act on it.
-            logger.warning("prefetch of %s failed: %s", expert, error)
-            self._record("load_abandoned", expert)
-            self._execute(self.plan.load_abandoned(expert))
+        with self._changing_books(even_if_closed=True):
+            self.stats.layers[expert.layer].bytes_read += nbytes
+            self.stats.read_seconds += seconds
+            self.stats.io_mode = self.store.io_mode  # known for sure only after reads
+            if error is None:
+                slot = self.table.lookup(expert)
+                assert slot is not None, f"{expert} was loaded into no slot"
+                self.stats.loads_LE[expert.layer][expert.expert] += 1
+                self._weights[expert] = tensors(self.memory.slot(slot), self.memory.placement(expert))
+                self._record("load_finished", expert)
+                self._execute(self.plan.load_finished(expert))
+            elif self.table.is_pinned(expert):
+                self._failed[expert] = error
+            else:
+                # A later demand will try again and, if it fails again, say so to someone who can act on it.
+                logger.warning("prefetch of %s failed: %s", expert, error)
+                self._abandon(expert)
 
     def _record(self, *event: object) -> None:
         if self.events is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from expertflow.core import ExpertId
 from expertflow.store.disk import Chunk
-from expertflow.store.layout import Placement, aligned_buffer, copy_parts, place_packed
+from expertflow.store.layout import Placement, aligned_buffer, copy_parts, page_ceil, place_packed
 from expertflow.store.protocol import ExpertStore
 
 
@@ -63,16 +63,13 @@ def slot_bytes(store: ExpertStore, dtype: torch.dtype | None) -> int:
     """Bytes of one slot when weights are kept in `dtype` (None: as stored)."""
     if not any(_needs_packing(parts, dtype) for parts in store.experts.values()):
         return store.slot_bytes
-    page = 4096
-    largest = max(place_packed(parts, dtype).nbytes for parts in store.experts.values())
-    return -(-largest // page) * page
+    return page_ceil(max(place_packed(parts, dtype).nbytes for parts in store.experts.values()))
 
 
 @dataclass(slots=True)
 class _Job:
     expert: ExpertId
     slot: int
-    urgent: bool
     chunks: tuple[Chunk, ...]
     next_chunk: int = 0
     nbytes: int = 0
@@ -98,7 +95,9 @@ class Loader:
         self._prefetch: OrderedDict[ExpertId, _Job] = OrderedDict()
         self._closed = False
         # Casting needs the bytes as stored beside the slot. Two, since a demand may overtake a prefetch.
-        self._staging = [aligned_buffer(memory.store.slot_bytes) for _ in range(2)] if memory.needs_cast else []
+        # No third load is ever begun: urgent ones are done one by one, and prefetches wait for all of them.
+        buffers = 2 if memory.needs_cast else 0
+        self._staging = [aligned_buffer(memory.store.slot_bytes) for _ in range(buffers)]
         self._thread = threading.Thread(target=self._run, name="expertflow-loader", daemon=True)
         self._thread.start()
 
@@ -112,14 +111,15 @@ class Loader:
 
     def submit(self, expert: ExpertId, slot: int, urgent: bool) -> None:
         queue = self._urgent if urgent else self._prefetch
-        queue[expert] = _Job(expert, slot, urgent, self.memory.store.chunks(expert))
+        chunks = self.memory.store.chunks(expert)
+        assert chunks, f"{expert} has no bytes to load"
+        queue[expert] = _Job(expert, slot, chunks)
         self.condition.notify_all()
 
     def promote(self, expert: ExpertId) -> None:
         """Make a prefetch urgent, keeping what it has read so far."""
         job = self._prefetch.pop(expert, None)
         if job is not None:
-            job.urgent = True
             self._urgent[expert] = job
 
     def cancel(self, expert: ExpertId) -> bool:
@@ -150,7 +150,7 @@ class Loader:
                 chunk = job.chunks[job.next_chunk]
                 # From here on cancel() refuses: the slot is being written.
                 job.next_chunk += 1
-                if self._staging and job.staging is None:
+                if self.memory.needs_cast and job.staging is None:
                     job.staging = self._staging.pop()
             error: BaseException | None = None
             started = time.perf_counter()
@@ -158,9 +158,9 @@ class Loader:
                 target = self.memory.slot(job.slot) if job.staging is None else job.staging
                 job.nbytes += self.memory.store.read_chunk(chunk, target)
                 if job.staging is not None and job.next_chunk == len(job.chunks):
-                    raw = self.memory.store.placement(job.expert)
-                    copy_parts(job.staging, raw, self.memory.slot(job.slot), self.memory.placement(job.expert))
-            except Exception as caught:
+                    raw, packed = self.memory.store.placement(job.expert), self.memory.placement(job.expert)
+                    copy_parts(job.staging, raw, self.memory.slot(job.slot), packed)
+            except BaseException as caught:  # whatever it is, the layer that waits must hear of it
                 error = caught
             job.read_seconds += time.perf_counter() - started
             if error is not None or job.next_chunk == len(job.chunks):

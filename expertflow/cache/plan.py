@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from expertflow.cache.policies import Policy
 from expertflow.cache.slots import SlotTable
@@ -63,41 +64,53 @@ class _Except(Container[ExpertId]):
         return expert in self.offered and expert not in self.kept
 
 
+class _Stage(Enum):
+    """How far a prefetch got that no layer has asked for."""
+
+    QUEUED = "not a byte asked for: it can be dropped"
+    CANCELLING = "the loader is being asked to drop it"
+    STARTED = "the loader refused: its bytes are on their way"
+
+
 class CachePlan:
-    """Who gets a slot (paper 3.4: prefetch, and real-time correction when the router has spoken)."""
+    """Who gets a slot (paper 3.4: prefetch, and real-time correction when the router has spoken).
+
+    One layer is open at a time: from open_layer until each of its experts was released or withdrawn.
+    Every Cancel must be answered, by load_abandoned when the loader dropped it, else by cancel_refused.
+    """
 
     def __init__(self, table: SlotTable, policy: Policy):
         self.table = table
         self.policy = policy
-        self._demands: deque[ExpertId] = deque()  # needed by an open layer, no slot found yet
-        self._hints: deque[ExpertId] = deque()  # predicted, no slot found yet
+        self._demands: deque[ExpertId] = deque()  # needed by the open layer, no slot found yet
+        self._hints: dict[ExpertId, None] = {}  # predicted, no slot found yet; soonest first
         self._expected: set[ExpertId] = set()  # predicted, and their layer has not opened since
-        self._queued: dict[ExpertId, None] = {}  # prefetches given to the loader, latest last
+        self._prefetching: dict[ExpertId, _Stage] = {}  # given to the loader, not there yet; latest last
 
     def prefetch(self, experts: Iterable[ExpertId]) -> list[Action]:
         """Take note of experts that will be needed, soonest first, and load what fits now.
 
         A hint never pushes out another expected expert and never delays a demand; it lapses when
-        its layer opens.
+        its layer opens. Repeating one is harmless, and brings back an expert that a demand pushed out.
         """
         for expert in experts:
-            if expert in self._expected:
-                continue
             self._expected.add(expert)
             if self.table.lookup(expert) is None:
-                self._hints.append(expert)
+                self._hints[expert] = None
         return self._assign()
 
     def open_layer(self, layer: int, needed: Sequence[ExpertId]) -> Opened:
         """The router of `layer` has spoken: correct the plan (paper 3.4, real-time correction).
 
-        Pins every needed expert that holds a slot; each must be released once.
+        needed: distinct. Pins every needed expert, at once or when it gets a slot; each must be released
+        once, or withdrawn.
         """
         wanted = set(needed)
-        actions: list[Action] = [
-            Cancel(expert) for expert in self._queued if expert.layer == layer and expert not in wanted
-        ]
-        self._hints = deque(expert for expert in self._hints if expert.layer != layer)
+        assert len(wanted) == len(needed), f"layer {layer} needs an expert twice: {needed}"
+        assert not self._demands, f"layer {layer} opens while another waits for {list(self._demands)}"
+        unwanted = [expert for expert in self._prefetching if expert.layer == layer and expert not in wanted]
+        actions = [self._cancel(e) for e in unwanted if self._prefetching[e] is _Stage.QUEUED]
+        self._hints = {expert: None for expert in self._hints if expert.layer != layer}
         self._expected = {expert for expert in self._expected if expert.layer != layer}
         ready, in_flight, missing = [], [], []
         for expert in needed:
@@ -110,23 +123,27 @@ class CachePlan:
                 ready.append(expert)
             else:
                 in_flight.append(expert)
-                if expert in self._queued:
-                    del self._queued[expert]
+                if self._prefetching.pop(expert, None) is not None:
                     actions.append(Promote(expert))
         self._demands.extend(missing)
         actions += self._assign()
         return Opened(tuple(ready), tuple(in_flight), tuple(missing), tuple(actions))
 
     def load_finished(self, expert: ExpertId) -> list[Action]:
-        self._queued.pop(expert, None)
+        self._prefetching.pop(expert, None)
         self.table.finish_load(expert)
         return self._assign()
 
     def load_abandoned(self, expert: ExpertId) -> list[Action]:
         """The load was cancelled or failed. If it was pinned, whoever waits for it must give up first."""
-        self._queued.pop(expert, None)
+        self._prefetching.pop(expert, None)
         self.table.abandon_load(expert)
         self.policy.evicted(expert)
+        return self._assign()
+
+    def cancel_refused(self, expert: ExpertId) -> list[Action]:
+        """The loader has begun this load already; it will finish, and its slot comes free with it."""
+        self._prefetching[expert] = _Stage.STARTED
         return self._assign()
 
     def release(self, expert: ExpertId) -> list[Action]:
@@ -134,43 +151,43 @@ class CachePlan:
         self.table.unpin(expert)
         return self._assign()
 
-    def withdraw(self, experts: Iterable[ExpertId]) -> None:
-        """An open layer gives up demands that have no slot yet (its computation failed or was interrupted)."""
+    def withdraw(self, experts: Iterable[ExpertId]) -> list[Action]:
+        """The open layer gives up demands that have no slot yet (it failed, or was interrupted)."""
         gone = set(experts)
         self._demands = deque(expert for expert in self._demands if expert not in gone)
+        return self._assign()
 
     def _assign(self) -> list[Action]:
         actions: list[Action] = []
         while self._demands:
-            expert = self._demands[0]
-            if self.table.lookup(expert) is not None:
-                # Another open layer (a second sequence of the same model) asked for it in the meantime.
-                self._demands.popleft()
-                self.table.pin(expert)
-                continue
-            load = self._find_room(expert, self.table.evictable, urgent=True)
+            load = self._find_room(self._demands[0], self.table.evictable, urgent=True)
             if load is None:
-                # Queued prefetches hold slots that nobody reads yet: take the last one back.
-                if self._queued:
-                    last = next(reversed(self._queued))
-                    del self._queued[last]
-                    actions.append(Cancel(last))
-                return actions
+                return actions + self._cancel_for_demands()
             self._demands.popleft()
-            self.table.pin(expert)
+            self.table.pin(load.expert)
+            self.policy.used(load.expert)
             actions.append(load)
         while self._hints:
-            expert = self._hints[0]
-            if self.table.lookup(expert) is not None:
-                self._hints.popleft()
-                continue
-            load = self._find_room(expert, _Except(self.table.evictable, self._expected), urgent=False)
-            if load is None:
-                break
-            self._hints.popleft()
-            self._queued[expert] = None
-            actions.append(load)
+            expert = next(iter(self._hints))
+            if self.table.lookup(expert) is None:
+                load = self._find_room(expert, _Except(self.table.evictable, self._expected), urgent=False)
+                if load is None:
+                    break
+                self._prefetching[expert] = _Stage.QUEUED
+                actions.append(load)
+            del self._hints[expert]
         return actions
+
+    def _cancel_for_demands(self) -> list[Action]:
+        """Queued prefetches hold slots that nobody reads yet: take back the last, as many as are short."""
+        under_way = sum(stage is _Stage.CANCELLING for stage in self._prefetching.values())
+        queued = [expert for expert, stage in self._prefetching.items() if stage is _Stage.QUEUED]
+        short = max(0, len(self._demands) - under_way)
+        return [self._cancel(expert) for expert in queued[::-1][:short]]
+
+    def _cancel(self, expert: ExpertId) -> Action:
+        self._prefetching[expert] = _Stage.CANCELLING
+        return Cancel(expert)
 
     def _find_room(self, expert: ExpertId, offered: Container[ExpertId], urgent: bool) -> Load | None:
         slot = self.table.take_free()

@@ -63,6 +63,7 @@ class SlotTable:
         """The load was cancelled or failed: its slot is free again."""
         assert expert in self._slot_of, f"{expert} holds no slot"
         assert expert not in self._ready, f"{expert} is ready; evict it instead"
+        assert expert not in self._pins, f"a layer still waits for {expert}"
         self._free.append(self._slot_of.pop(expert))
 
     def evict(self, expert: ExpertId) -> int:

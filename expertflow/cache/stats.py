@@ -35,7 +35,7 @@ class CacheStats:
     uses_LE: list[list[int]] = field(default_factory=list)
     loads_LE: list[list[int]] = field(default_factory=list)
     prefetches: int = 0  # loads begun on a hint
-    prefetches_unused: int = 0  # evicted or cancelled before any layer used them
+    prefetches_unused: int = 0  # evicted, cancelled or failed before a layer asked for them
     cancelled: int = 0
     read_seconds: float = 0.0
 

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import pytest
+from fakes import serve
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from expertflow.cache.plan import Action, CachePlan, Cancel, Load, Promote
+from expertflow.cache.policies import POLICIES
+from expertflow.cache.slots import SlotTable
+from expertflow.core import ExpertId, MoEShape
+
+SHAPE = MoEShape((4, 4, 4))
+EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(4)]
+
+
+def new_plan(num_slots: int, policy: str = "lru") -> CachePlan:
+    return CachePlan(SlotTable(num_slots), POLICIES[policy](SHAPE, num_slots))
+
+
+class PlanMachine(RuleBasedStateMachine):
+    """Anything a loader and two kinds of callers may do, in any order, beside plain books of our own.
+
+    jobs: what a loader would have queued, and whether it has begun (then it refuses to cancel).
+    waiting: experts of the open layer not handed out yet. None: no layer is open.
+    """
+
+    @initialize(num_slots=st.integers(2, 7), policy=st.sampled_from(sorted(POLICIES)))
+    def start(self, num_slots: int, policy: str) -> None:
+        self.plan = new_plan(num_slots, policy)
+        self.slots: dict[int, ExpertId] = {}
+        self.ready: set[ExpertId] = set()
+        self.urgent: dict[ExpertId, bool] = {}  # job -> begun
+        self.prefetches: dict[ExpertId, bool] = {}
+        self.expected: set[ExpertId] = set()
+        self.layer: int | None = None
+        self.waiting: set[ExpertId] = set()
+
+    def execute(self, actions: list[Action]) -> None:
+        # Decisions of one call are made before any is carried out.
+        todo = list(actions)
+        while todo:
+            action = todo.pop(0)
+            if isinstance(action, Load):
+                self.load(action)
+            elif isinstance(action, Promote):
+                self.urgent[action.expert] = self.prefetches.pop(action.expert)
+            elif self.prefetches[action.expert]:
+                todo += self.plan.cancel_refused(action.expert)
+            else:
+                del self.prefetches[action.expert]
+                self.drop(action.expert)
+                todo += self.plan.load_abandoned(action.expert)
+
+    def load(self, load: Load) -> None:
+        if load.evicted is None:
+            assert load.slot not in self.slots, "a load into a slot that is in use"
+        else:
+            assert self.slots[load.slot] == load.evicted
+            assert load.evicted in self.ready, "evicted an expert that was not ready"
+            assert load.evicted not in self.pinned(), "evicted an expert that a layer needs"
+            self.ready.remove(load.evicted)
+            if not load.urgent:
+                assert load.evicted not in self.expected, "a hint pushed out an expected expert"
+        self.slots[load.slot] = load.expert
+        if load.urgent:
+            assert load.expert in self.waiting, "a demand load that no open layer needs"
+            self.urgent[load.expert] = False
+        else:
+            assert load.expert in self.expected, "a prefetch of an expert whose layer has opened since"
+            self.prefetches[load.expert] = False
+
+    def drop(self, expert: ExpertId) -> None:
+        self.slots = {slot: other for slot, other in self.slots.items() if other != expert}
+
+    def pinned(self) -> set[ExpertId]:
+        return self.waiting & set(self.slots.values())
+
+    @rule(experts=st.lists(st.sampled_from(EXPERTS), max_size=12))
+    def hint(self, experts: list[ExpertId]) -> None:
+        self.expected.update(experts)
+        self.execute(self.plan.prefetch(experts))
+
+    @precondition(lambda self: self.layer is None)
+    @rule(layer=st.integers(0, 2), experts=st.sets(st.integers(0, 3), min_size=1))
+    def open_layer(self, layer: int, experts: set[int]) -> None:
+        needed = [ExpertId(layer, expert) for expert in experts]
+        residents = set(self.slots.values())
+        unbegun = {e for e, begun in self.prefetches.items() if e.layer == layer and not begun}
+        self.layer, self.waiting = layer, set(needed)
+        self.expected = {expert for expert in self.expected if expert.layer != layer}
+        opened = self.plan.open_layer(layer, needed)
+        assert sorted([*opened.ready, *opened.in_flight, *opened.missing]) == sorted(needed)
+        assert set(opened.ready) == self.waiting & self.ready
+        assert set(opened.missing) == self.waiting - residents
+        assert {a.expert for a in opened.actions if isinstance(a, Cancel)} >= unbegun - self.waiting
+        self.execute(list(opened.actions))
+        assert not self.waiting & self.prefetches.keys(), "a demand was left among the prefetches"
+
+    @precondition(lambda self: self.urgent or self.prefetches)
+    @rule(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        jobs = self.urgent or self.prefetches
+        jobs[next(iter(jobs))] = True
+
+    @precondition(lambda self: self.urgent or self.prefetches)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.finish_one(data.draw(st.sampled_from(sorted({*self.urgent, *self.prefetches}))))
+
+    def finish_one(self, expert: ExpertId) -> None:
+        self.urgent.pop(expert, None)
+        self.prefetches.pop(expert, None)
+        self.ready.add(expert)
+        self.execute(self.plan.load_finished(expert))
+
+    @precondition(lambda self: self.urgent or self.prefetches)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        expert = data.draw(st.sampled_from(sorted({*self.urgent, *self.prefetches})))
+        self.urgent.pop(expert, None)
+        self.prefetches.pop(expert, None)
+        if expert in self.waiting:
+            self.give_up()
+        self.drop(expert)
+        self.execute(self.plan.load_abandoned(expert))
+
+    @precondition(lambda self: self.waiting & self.ready)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.release_one(data.draw(st.sampled_from(sorted(self.waiting & self.ready))))
+
+    def release_one(self, expert: ExpertId) -> None:
+        self.waiting.remove(expert)
+        self.execute(self.plan.release(expert))
+        if not self.waiting:
+            self.layer = None
+
+    @precondition(lambda self: self.layer is not None)
+    @rule()
+    def give_up(self) -> None:
+        pinned = self.pinned()
+        self.waiting = set(pinned)
+        self.execute(self.plan.withdraw(EXPERTS))
+        for expert in sorted(pinned):
+            self.waiting.remove(expert)
+            self.execute(self.plan.release(expert))
+        self.layer = None
+
+    @invariant()
+    def books_agree(self) -> None:
+        table = self.plan.table
+        table.check()
+        assert {expert: slot for slot, expert in self.slots.items()} == {
+            e: table.lookup(e) for e in table.residents
+        }
+        assert {e for e in table.residents if table.is_ready(e)} == self.ready
+        assert {e for e in EXPERTS if table.is_pinned(e)} == self.pinned()
+        assert self.ready | self.urgent.keys() | self.prefetches.keys() == set(self.slots.values())
+
+    @invariant()
+    def a_demand_waits_only_when_it_must(self) -> None:
+        if self.waiting - set(self.slots.values()):
+            assert len(self.slots) == self.plan.table.num_slots, "a demand waits beside a free slot"
+            assert self.ready <= self.waiting, "a demand waits beside an expert nobody needs"
+            assert all(self.prefetches.values()), "a demand waits for a prefetch that could be dropped"
+
+    @invariant()
+    def a_hint_waits_only_when_it_must(self) -> None:
+        hinted = {e for e in self.plan._hints if e not in self.slots.values()}
+        if hinted and not self.waiting - set(self.slots.values()):
+            assert len(self.slots) == self.plan.table.num_slots
+            assert self.ready <= self.waiting | self.expected
+
+    def teardown(self) -> None:
+        """Whatever happened, the loads in hand finish and then every demand has been served."""
+        if not hasattr(self, "plan"):
+            return
+        while self.waiting or self.urgent or self.prefetches:
+            # A prefetch goes on only when no demand is queued: so does loader.py.
+            if jobs := self.urgent or self.prefetches:
+                self.finish_one(next(iter(jobs)))
+            else:
+                assert self.waiting & self.ready, f"{self.waiting} are never served"
+            for expert in sorted(self.waiting & self.ready):
+                self.release_one(expert)
+            self.books_agree()
+
+
+TestPlanMachine = PlanMachine.TestCase
+TestPlanMachine.settings = settings(max_examples=70, stateful_step_count=35, deadline=None)
+
+
+def at(layer: int, *experts: int) -> list[ExpertId]:
+    return [ExpertId(layer, expert) for expert in experts]
+
+
+def loads(actions: object) -> list[ExpertId]:
+    return [action.expert for action in actions if isinstance(action, Load)]
+
+
+def cancels(actions: object) -> list[ExpertId]:
+    return [action.expert for action in actions if isinstance(action, Cancel)]
+
+
+def test_prefetches_are_loaded_soonest_first_while_there_is_room():
+    plan = new_plan(3)
+    hinted = [*at(1, 3), *at(0, 2), *at(2, 0, 1)]
+    assert loads(plan.prefetch(hinted)) == hinted[:3]
+    for expert in hinted[:3]:
+        assert plan.load_finished(expert) == [], "a hint pushed out an expected expert"
+    assert loads(plan.open_layer(1, at(1, 3)).actions) == []
+    assert loads(plan.release(ExpertId(1, 3))) == hinted[3:], "the next hint takes the place of what was used"
+
+
+def test_a_prefetch_on_its_way_becomes_a_demand():
+    plan = new_plan(4)
+    plan.prefetch(at(0, 0, 1))
+    opened = plan.open_layer(0, at(0, 1, 2))
+    assert opened.in_flight == (ExpertId(0, 1),)
+    assert opened.missing == (ExpertId(0, 2),)
+    assert Promote(ExpertId(0, 1)) in opened.actions
+    assert cancels(opened.actions) == at(0, 0), "nobody wants it and it was not begun"
+
+
+def test_a_refused_cancel_does_not_keep_a_later_demand_from_being_promoted():
+    """A prefetch that the loader would not drop was once forgotten by the plan. When its layer opened
+    again it stayed in the loader's queue of prefetches, behind every demand, with a layer waiting."""
+    plan = new_plan(2)
+    plan.prefetch(at(0, 0))
+    opened = plan.open_layer(0, at(0, 1))
+    assert cancels(opened.actions) == at(0, 0)
+    plan.cancel_refused(ExpertId(0, 0))
+    plan.load_finished(ExpertId(0, 1))
+    plan.release(ExpertId(0, 1))
+    again = plan.open_layer(0, at(0, 0))
+    assert again.in_flight == (ExpertId(0, 0),)
+    assert again.actions == (Promote(ExpertId(0, 0)),)
+
+
+def test_a_demand_takes_the_prefetch_that_is_needed_last():
+    plan = new_plan(3)
+    plan.prefetch([*at(0, 0), *at(1, 0), *at(2, 0)])
+    opened = plan.open_layer(0, at(0, 0, 1))
+    assert cancels(opened.actions) == at(2, 0)
+    assert loads(plan.load_abandoned(ExpertId(2, 0))) == at(0, 1)
+
+
+def test_no_more_prefetches_are_cancelled_than_demands_lack():
+    """Dropping this layer's unwanted prefetch makes room enough. The next layer's was once dropped too."""
+    plan = new_plan(2)
+    plan.prefetch([*at(0, 0), *at(1, 0)])
+    opened = plan.open_layer(0, at(0, 1))
+    assert cancels(opened.actions) == at(0, 0)
+    assert loads(plan.load_abandoned(ExpertId(0, 0))) == at(0, 1)
+    assert plan.table.lookup(ExpertId(1, 0)) is not None
+
+
+def test_when_a_cancel_is_refused_the_next_prefetch_is_asked_for():
+    plan = new_plan(2)
+    plan.prefetch([*at(0, 0), *at(1, 0)])
+    plan.open_layer(0, at(0, 1))
+    assert cancels(plan.cancel_refused(ExpertId(0, 0))) == at(1, 0)
+
+
+def test_a_hint_brings_back_what_a_demand_pushed_out():
+    """Such a hint was once ignored until the layer had opened: the expert counted as expected already."""
+    plan = new_plan(2)
+    plan.prefetch(at(1, 0))
+    plan.load_finished(ExpertId(1, 0))
+    serve(plan, 0, [0, 1, 2])
+    assert plan.table.lookup(ExpertId(1, 0)) is None
+    assert loads(plan.prefetch(at(1, 0))) == at(1, 0)
+
+
+def test_repeating_a_hint_loads_nothing_twice():
+    plan = new_plan(4)
+    assert loads(plan.prefetch(at(0, 0, 0, 1))) == at(0, 0, 1)
+    assert plan.prefetch(at(0, 0, 1)) == []
+
+
+def test_a_hint_lapses_when_its_layer_opens():
+    plan = new_plan(2)
+    plan.prefetch([*at(0, 0), *at(1, 0), *at(0, 1)])  # the third finds no room
+    serve(plan, 0, [0])
+    assert plan.table.lookup(ExpertId(0, 1)) is None
+    assert plan.table.residents == {ExpertId(0, 0), ExpertId(1, 0)}
+
+
+def test_policy_hears_of_every_use():
+    """A missing expert was once loaded without `used`: a policy that counts uses would take a demanded
+    expert for a prefetch that nobody needed."""
+    plan = new_plan(3)
+    heard: list[tuple[str, ExpertId]] = []
+    for name in ("loaded", "used", "evicted"):
+        inner = getattr(plan.policy, name)
+        setattr(plan.policy, name, lambda e, name=name, inner=inner: (heard.append((name, e)), inner(e)))
+    plan.prefetch(at(0, 0))
+    plan.load_finished(ExpertId(0, 0))
+    serve(plan, 0, [0, 1])
+    zero, one = at(0, 0, 1)
+    assert heard == [("loaded", zero), ("used", zero), ("loaded", one), ("used", one)]
+
+
+def test_misuse_is_an_assertion():
+    plan = new_plan(2)
+    with pytest.raises(AssertionError, match="twice"):
+        plan.open_layer(0, at(0, 1, 1))
+    plan.open_layer(0, at(0, 0, 1, 2))
+    with pytest.raises(AssertionError, match="layer 1 opens while another waits"):
+        plan.open_layer(1, at(1, 0))

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from fakes import serve
+
+from expertflow.cache.plan import CachePlan
+from expertflow.cache.policies import POLICIES, LayerLRU, Policy
+from expertflow.cache.slots import SlotTable
+from expertflow.core import ExpertId, MoEShape
+
+SHAPES = [MoEShape((4, 4, 4)), MoEShape((8,)), MoEShape((2, 7, 1, 3))]
+
+
+def random_history(policy: Policy, seed: int, steps: int = 300) -> Iterator[tuple[set[ExpertId], ExpertId]]:
+    """Drive a policy as the cache does, yielding (its residents, an absent expert) before each load."""
+    draw = random.Random(seed)
+    everyone = [
+        ExpertId(layer, expert)
+        for layer, num_experts in enumerate(policy.shape.experts_per_layer)
+        for expert in range(num_experts)
+    ]
+    residents: set[ExpertId] = set()
+    for _ in range(steps):
+        wanted = draw.choice(everyone)
+        if wanted not in residents:
+            yield set(residents), wanted
+            if len(residents) == policy.num_slots:
+                victim = policy.choose_victim(residents, wanted)
+                assert victim is not None
+                residents.remove(victim)
+                policy.evicted(victim)
+            residents.add(wanted)
+            policy.loaded(wanted)
+            if draw.random() < 0.2:
+                continue  # a prefetch that nobody has used yet
+        policy.used(wanted)
+
+
+def histories(name: str) -> Iterator[tuple[Policy, random.Random, set[ExpertId], ExpertId]]:
+    for shape in SHAPES:
+        for num_slots in (2, 3, 7):
+            policy = POLICIES[name](shape, min(num_slots, shape.num_experts))
+            draw = random.Random(num_slots)
+            for residents, wanted in random_history(policy, seed=num_slots):
+                yield policy, draw, residents, wanted
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_never_evicts_outside_the_offer(name):
+    for policy, draw, residents, wanted in histories(name):
+        offered = {expert for expert in residents if draw.random() < 0.5}
+        victim = policy.choose_victim(offered, wanted)
+        assert victim in offered if offered else victim is None
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_finds_every_resident_when_only_it_is_offered(name):
+    for policy, _, residents, wanted in histories(name):
+        for expert in residents:
+            assert policy.choose_victim({expert}, wanted) == expert
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_asking_changes_nothing(name):
+    for policy, draw, residents, wanted in histories(name):
+        first = policy.choose_victim(residents, wanted)
+        for _ in range(3):
+            policy.choose_victim({e for e in residents if draw.random() < 0.5}, wanted)
+        assert policy.choose_victim(residents, wanted) == first
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_same_history_gives_the_same_victims(name):
+    def victims() -> list[ExpertId | None]:
+        return [policy.choose_victim(residents, wanted) for policy, _, residents, wanted in histories(name)]
+
+    assert victims() == victims()
+
+
+class ObviousLayerLRU(Policy):
+    """LayerLRU as its docstring says it, with a clock and a sort."""
+
+    def __init__(self, shape: MoEShape, num_slots: int):
+        super().__init__(shape, num_slots)
+        self.clock = 0
+        self.last_use: dict[ExpertId, int] = {}
+
+    def loaded(self, expert: ExpertId) -> None:
+        self.clock += 1
+        self.last_use[expert] = self.clock
+
+    used = loaded
+
+    def evicted(self, expert: ExpertId) -> None:
+        del self.last_use[expert]
+
+    def choose_victim(self, offered, wanted: ExpertId) -> ExpertId | None:
+        held = [0] * self.shape.num_layers
+        for expert in self.last_use:
+            held[expert.layer] += 1
+        # Slot s belongs to the layer whose share of the line [0, num_slots) ends after s.
+        share = [0] * self.shape.num_layers
+        for slot in range(self.num_slots):
+            share[next(n for n in range(len(share)) if (n + 1) * self.num_slots // len(share) > slot)] += 1
+
+        def badness(expert: ExpertId) -> tuple:
+            if expert.layer == wanted.layer:
+                own_first = held[wanted.layer] >= max(1, share[wanted.layer])
+                return (0 if own_first else 2, 0, 0, self.last_use[expert])
+            borrowed = held[expert.layer] - share[expert.layer]
+            ran_ago = (wanted.layer - expert.layer) % self.shape.num_layers
+            return (1, -borrowed, ran_ago, self.last_use[expert])
+
+        return min((expert for expert in self.last_use if expert in offered), key=badness, default=None)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_slots", [2, 3, 5, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_layer_lru_agrees_with_the_obvious_version(shape, num_slots, seed):
+    num_slots = min(num_slots, shape.num_experts)
+    fast, slow = LayerLRU(shape, num_slots), ObviousLayerLRU(shape, num_slots)
+    draw = random.Random(seed)
+    # Equal seeds make equal histories as long as the victims are equal.
+    for (residents, wanted), (slow_residents, slow_wanted) in zip(
+        random_history(fast, seed), random_history(slow, seed), strict=True
+    ):
+        assert (residents, wanted) == (slow_residents, slow_wanted)
+        offered = {expert for expert in residents if draw.random() < 0.6}
+        assert fast.choose_victim(offered, wanted) == slow.choose_victim(offered, wanted)
+
+
+def hits_and_misses(policy: str, shape: MoEShape, num_slots: int, steps: list) -> list[tuple[int, int]]:
+    plan = CachePlan(SlotTable(num_slots), POLICIES[policy](shape, num_slots))
+    counts = []
+    for layer, experts in steps:
+        opened = serve(plan, layer, experts)
+        counts.append((len(opened.ready), len(opened.missing)))
+    return counts
+
+
+def test_lru_worked_by_hand():
+    """Two layers of three experts, four slots, so a share of two each."""
+    steps = [
+        (0, [0, 1]),  # empty: 0 and 1 of layer 0 take two free slots                     0 hits 2 misses
+        (1, [0]),  # a free slot                                                           0      1
+        (0, [0, 2]),  # 0 is there; 2 takes the last free slot, borrowed from layer 1      1      1
+        (1, [1]),  # layer 1 is under its share: layer 0 gives its oldest, expert 1        0      1
+        (0, [1]),  # layer 0 is full: its oldest goes, 0 (2 came after it)                 0      1
+        (1, [0, 1]),  # both there                                                         2      0
+        (0, [1, 2]),  # both there                                                         2      0
+        (1, [2]),  # layer 1 is full: its oldest goes, 0                                   0      1
+        (1, [1, 2]),  # both there                                                         2      0
+    ]
+    expected = [(0, 2), (0, 1), (1, 1), (0, 1), (0, 1), (2, 0), (2, 0), (0, 1), (2, 0)]
+    assert hits_and_misses("lru", MoEShape((3, 3)), 4, steps) == expected
+
+
+# Twelve passes over three layers of four experts: (layer, experts) as a router might choose them.
+GOLDEN_STEPS = [
+    (step % 3, [int(expert) for expert in experts])
+    for step, experts in enumerate(
+        "01 12 03 02 12 13 01 23 03 12 12 01 03 13 03 01 02 23 "
+        "02 12 03 01 13 13 23 12 03 01 12 02 12 03 03 01 12 13".split()
+    )
+]
+
+
+@pytest.mark.parametrize(("num_slots", "hits"), [(2, 0), (3, 7), (4, 10), (6, 29), (9, 48), (12, 60)])
+def test_lru_golden_counts(num_slots, hits):
+    """Counts change only when the policy does: then change them in the commit that says why."""
+    counts = hits_and_misses("lru", MoEShape((4, 4, 4)), num_slots, GOLDEN_STEPS)
+    assert sum(hit + miss for hit, miss in counts) == 2 * len(GOLDEN_STEPS)
+    assert sum(hit for hit, _ in counts) == hits
+
+
+def test_a_cyclic_scan_does_not_defeat_lru_with_room_for_each_layer():
+    """One LRU order over all layers never hits here: what was used least recently is what runs next."""
+    shape = MoEShape((4,) * 6)
+    one_pass = [(layer, [0, 1]) for layer in range(6)]
+    counts = hits_and_misses("lru", shape, 12, one_pass * 3)
+    assert counts == [(0, 2)] * 6 + [(2, 0)] * 12
