@@ -71,7 +71,8 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     modulelists = dict(find_modulelist_experts(model))
     for name, module in model.named_modules():
         if name in modulelists:
-            experts = list(module.children())
+            # NLLB keeps its token dropout among the experts.
+            experts = [child for name, child in module.named_children() if name.startswith("expert_")]
             role_shapes = {role: tuple(p.shape) for role, p in experts[0].named_parameters()}
             layers.append(MoELayer(len(layers), name, module, len(experts), role_shapes, True))
         elif hasattr(module, "has_gate") and hasattr(module, "_apply_gate") and hasattr(module, "down_proj"):
