@@ -158,6 +158,8 @@ class CachePlan:
         return self._assign()
 
     def _assign(self) -> list[Action]:
+        if _Stage.CANCELLING in self._prefetching.values():
+            return []  # the answer comes back here, and may be a free slot: evict nobody before
         actions: list[Action] = []
         while self._demands:
             load = self._find_room(self._demands[0], self.table.evictable, urgent=True)
@@ -180,10 +182,8 @@ class CachePlan:
 
     def _cancel_for_demands(self) -> list[Action]:
         """Queued prefetches hold slots that nobody reads yet: take back the last, as many as are short."""
-        under_way = sum(stage is _Stage.CANCELLING for stage in self._prefetching.values())
         queued = [expert for expert, stage in self._prefetching.items() if stage is _Stage.QUEUED]
-        short = max(0, len(self._demands) - under_way)
-        return [self._cancel(expert) for expert in queued[::-1][:short]]
+        return [self._cancel(expert) for expert in queued[::-1][: len(self._demands)]]
 
     def _cancel(self, expert: ExpertId) -> Action:
         self._prefetching[expert] = _Stage.CANCELLING

@@ -257,6 +257,17 @@ def test_no_more_prefetches_are_cancelled_than_demands_lack():
     assert plan.table.lookup(ExpertId(1, 0)) is not None
 
 
+def test_a_slot_about_to_be_free_is_taken_before_anyone_is_evicted():
+    """The unwanted prefetch of the layer that opens was dropped, but a resident had gone for it already."""
+    plan = new_plan(2)
+    serve(plan, 1, [0])
+    plan.prefetch(at(0, 0))
+    opened = plan.open_layer(0, at(0, 1))
+    assert opened.actions == (Cancel(ExpertId(0, 0)),)
+    (load,) = plan.load_abandoned(ExpertId(0, 0))
+    assert load == Load(ExpertId(0, 1), load.slot, evicted=None, urgent=True)
+
+
 def test_when_a_cancel_is_refused_the_next_prefetch_is_asked_for():
     plan = new_plan(2)
     plan.prefetch([*at(0, 0), *at(1, 0)])

@@ -160,13 +160,11 @@ def test_lru_worked_by_hand():
 
 
 # Twelve passes over three layers of four experts: (layer, experts) as a router might choose them.
-GOLDEN_STEPS = [
-    (step % 3, [int(expert) for expert in experts])
-    for step, experts in enumerate(
-        "01 12 03 02 12 13 01 23 03 12 12 01 03 13 03 01 02 23 "
-        "02 12 03 01 13 13 23 12 03 01 12 02 12 03 03 01 12 13".split()
-    )
-]
+GOLDEN_EXPERTS = """
+    01 12 03 02 12 13 01 23 03 12 12 01 03 13 03 01 02 23
+    02 12 03 01 13 13 23 12 03 01 12 02 12 03 03 01 12 13
+"""
+GOLDEN_STEPS = [(step % 3, [int(e) for e in experts]) for step, experts in enumerate(GOLDEN_EXPERTS.split())]
 
 
 @pytest.mark.parametrize(("num_slots", "hits"), [(2, 0), (3, 7), (4, 10), (6, 29), (9, 48), (12, 60)])
