@@ -32,7 +32,7 @@ from expertflow.config import Settings
 from expertflow.core import MoEShape
 from expertflow.models import deepseek_moe
 from expertflow.models.experts import Attachment, expertflow_experts
-from expertflow.models.footprint import measure_model
+from expertflow.models.footprint import honoured_prefill, measure_model
 from expertflow.models.spans import ExpertSpans, MoELayer, derive_expert_spans, find_moe_layers
 from expertflow.models.switch import OffloadedExperts
 from expertflow.store.checkpoint import Checkpoint, open_checkpoint
@@ -112,6 +112,7 @@ class ExpertFlowQuantizer(HfQuantizer):
                 f"{type(model).__name__} (model_type {model.config.model_type!r}) has no experts that expertflow "
                 f"knows: for a dense model use transformers or accelerate directly"
             )
+        self.settings = honoured_prefill(model, self.settings)
         # Hub files are links into a blob folder; the folder that names them is the checkpoint.
         checkpoint = open_checkpoint(Path(os.path.abspath(checkpoint_files[0])).parent)
         spans = derive_expert_spans(model, moe_layers, checkpoint)
@@ -145,8 +146,11 @@ class ExpertFlowQuantizer(HfQuantizer):
         loaded = LoadedExperts(cache, self._plan, self._checkpoint, self.settings, self._moe_layers)
         model.expertflow = loaded
         weakref.finalize(model, LoadedExperts.close, loaded)
-        model.register_forward_pre_hook(_ContextGuard(self.settings), with_kwargs=True)
-        if model.generation_config is not None and not model.config.is_encoder_decoder:
+        guard = _ContextGuard(self.settings)
+        model.register_forward_pre_hook(guard, with_kwargs=True)
+        if model.config.is_encoder_decoder:  # generate() calls the encoder past the model's own forward
+            model.get_encoder().register_forward_pre_hook(guard, with_kwargs=True)
+        if model.generation_config is not None and self.settings.prefill_chunk < self.settings.context:
             model.generation_config.prefill_chunk_size = self.settings.prefill_chunk
         return model
 
@@ -178,7 +182,7 @@ def take_out_experts(model: PreTrainedModel, moe_layers: Sequence[MoELayer], spa
         if layer.one_module_per_expert:
             module: nn.Module = OffloadedExperts.replacing(layer.module)
             model.set_submodule(layer.name, module)
-            # Its parent initialises the experts by their names, which are gone; its router comes from the file.
+            # Its parent initialises experts by their names, which are gone; its router comes from the file.
             model.get_submodule(layer.name.rpartition(".")[0])._is_hf_initialized = True
             ignored.add(rf"^{prefix}{re.escape(name)}\.expert_\d+\.")
         else:

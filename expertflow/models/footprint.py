@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from expertflow.budget import ModelBytes
+from expertflow.config import Settings
 from expertflow.models.spans import MoELayer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,31 @@ def measure_model(
         scratch_bytes_per_token=_scratch_bytes_per_token(model),
         scratch_bytes_per_sequence=16 * _vocabulary(model),
     )
+
+
+def honoured_prefill(model: PreTrainedModel, settings: Settings) -> Settings:
+    """The settings with the prefill_chunk that this model runs with: its own, or the whole context.
+
+    Recurrent layers (Jamba's Mamba, Qwen3-Next's linear attention) lose their state or their padding
+    between two chunks of a prompt in transformers 5.23, and encoders read a prompt whole. ValueError when
+    a chunk was asked for that such a model cannot honour.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    whole = "reads its prompt with an encoder" if model.config.is_encoder_decoder else None
+    if model._is_stateful or not kinds <= _ATTENTION_KINDS:
+        whole = "has recurrent layers, whose state transformers does not carry over from chunk to chunk"
+    if whole is None or settings.prefill_chunk >= settings.context:
+        return settings
+    if settings.prefill_chunk != Settings().prefill_chunk:
+        raise ValueError(
+            f"prefill_chunk={settings.prefill_chunk}: {type(model).__name__} {whole}; leave prefill_chunk out, "
+            f"and lower context={settings.context} if memory is short"
+        )
+    return replace(settings, prefill_chunk=settings.context)
+
+
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
