@@ -48,16 +48,18 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
 
 def _download(repo: str, revision: str | None) -> Path:
     with clear_hub_errors(repo, revision):
-        try:
-            config = Path(hf_hub_download(repo, "config.json", revision=revision))
-        except LocalEntryNotFoundError as error:
-            raise _offline_error(repo, revision, error) from None
-        except EntryNotFoundError:
-            raise _no_config_error(repo, _file_names(repo, revision) or []) from None
-        check_config(read_config(config.parent), repo)
+        # The list comes first: a download retries for half a minute when there is no network.
         names = _file_names(repo, revision)
-        if names is None:  # offline: whatever an earlier run has downloaded
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        offline = names is None
+        try:
+            config = Path(hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline))
+        except LocalEntryNotFoundError:
+            raise _offline_error(repo, revision) from None
+        except EntryNotFoundError:
+            raise _no_config_error(repo, names or []) from None
+        check_config(read_config(config.parent), repo)
+        if names is None:  # whatever an earlier run has downloaded
+            return config.parent
         check_has_experts(config.parent, repo)
         has_safetensors = any(Path(name).match(pattern) for name in names for pattern in _SAFETENSORS)
         weights = _SAFETENSORS if has_safetensors else _BIN
@@ -67,7 +69,8 @@ def _download(repo: str, revision: str | None) -> Path:
 def _file_names(repo: str, revision: str | None) -> list[str] | None:
     """None when the hub is switched off (HF_HUB_OFFLINE) or out of reach; then the cache must do."""
     try:
-        return HfApi().list_repo_files(repo, revision=revision)
+        siblings = HfApi().model_info(repo, revision=revision).siblings or []
+        return [entry.rfilename for entry in siblings]
     except (OfflineModeIsEnabled, ConnectionError):
         return None
     except Exception as error:
@@ -77,7 +80,7 @@ def _file_names(repo: str, revision: str | None) -> list[str] | None:
         raise
 
 
-def _offline_error(repo: str, revision: str | None, error: Exception) -> ConnectionError:
+def _offline_error(repo: str, revision: str | None) -> ConnectionError:
     at = f"{repo} at {revision}" if revision else repo
     return ConnectionError(
         f"there is no folder {repo}, and as a hub model {at} is not in the local cache while the hub cannot "

@@ -1,0 +1,491 @@
+"""The command line. Each command checks what it was given, calls the library and prints.
+
+stdout carries generated text (or JSON) alone, all else goes to stderr, so that output can be piped. Imports
+are inside the commands: torch takes seconds to import, and `--help` must not. Flags of models and of
+sampling are generated from the dataclasses that hold them; no value is repeated here.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from expertflow import __version__
+from expertflow.config import Settings
+from expertflow.engine.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from expertflow.engine.llm import LLM
+
+DEFAULT_MAX_TOKENS = 256
+DEMO_PROMPT = "Once upon a time"
+DEMO_CACHE_SIZE = 8  # of 32 experts in each layer
+DEMO_SEED = 1
+_EXIT_ERROR = 2
+_REPOSITORY = Path(__file__).resolve().parent.parent
+
+app = typer.Typer(
+    name="expertflow",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Run Mixture-of-Experts language models that do not fit in memory, exactly as transformers would.
+
+Dense weights and a bounded set of experts stay in memory; the other experts are read from the untouched
+checkpoint when a token needs them.
+
+[bold]Does it fit, and how fast will it be?[/bold]  expertflow plan MODEL --memory 6GiB
+
+[bold]Generate text:[/bold]  expertflow run MODEL "Once upon a time" --memory 6GiB
+
+[bold]Is the output the same?[/bold]  expertflow check MODEL --memory 6GiB
+
+MODEL is a folder or a model of the Hugging Face hub, such as Qwen/Qwen1.5-MoE-A2.7B.""",
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="a folder, or owner/name on the Hugging Face hub", show_default=False
+    ),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="branch, tag or commit of a hub model", show_default="main", metavar="NAME")
+]
+
+
+def takes(**groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command one flag per field of each dataclass, and clean errors.
+
+    groups: parameter name of the command -> dataclass. The command gets a dict of the flags that were given;
+    those left out are absent, so defaults stay where they are defined. Adds --debug as well.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(command, eval_str=True)
+        kept = [parameter for parameter in signature.parameters.values() if parameter.name not in groups]
+        flags = {name: list(_flags(group, _PANELS[name])) for name, group in groups.items()}
+        debug = inspect.Parameter(
+            "debug",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--debug", help="show the traceback of an error")],
+        )
+
+        @functools.wraps(command)
+        def wrapper(*, debug: bool, **values: Any) -> None:
+            for name, parameters in flags.items():
+                given = {parameter.name: values.pop(parameter.name) for parameter in parameters}
+                values[name] = {key: value for key, value in given.items() if value not in (None, [])}
+            try:
+                command(**values)
+            except BrokenPipeError:  # `expertflow run ... | head`; typer leaves quietly
+                raise
+            except (ValueError, OSError) as error:
+                if debug:
+                    raise
+                typer.echo(f"error: {str(error).strip() or type(error).__name__}", err=True)
+                raise typer.Exit(_EXIT_ERROR) from None
+
+        parameters = [*kept, *(flag for group in flags.values() for flag in group), debug]
+        keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        wrapper.__signature__ = signature.replace(parameters=keyword_only)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in keyword_only}
+        return wrapper
+
+    return decorate
+
+
+_PANELS = {"settings": "Memory", "sampling": "Sampling"}
+# `run` streams one answer; n belongs to LLM.generate.
+_NO_FLAG = {"n"}
+
+
+def _flags(group: type[Any], panel: str) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group)
+    for entry in fields(group):
+        if entry.name in _NO_FLAG:
+            continue
+        shown: str | bool = str(entry.default) if entry.default not in (None, ()) else False
+        if panel == "Sampling":
+            shown = _SAMPLING_DEFAULTS.get(entry.name, shown)
+        option = typer.Option(help=entry.metadata["help"], rich_help_panel=panel, show_default=shown)
+        yield inspect.Parameter(
+            entry.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[_flag_type(hints[entry.name], repeatable=entry.default == ()), option],
+        )
+
+
+# The command leaves sampling to the checkpoint where LLM.generate's SamplingParams() has vLLM's defaults.
+_SAMPLING_DEFAULTS: dict[str, str | bool] = {
+    **dict.fromkeys(
+        ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"), "what the checkpoint recommends"
+    ),
+    "max_tokens": f"{DEFAULT_MAX_TOKENS}, or what the context holds",
+    "ignore_eos": False,
+}
+
+
+def _flag_type(hint: Any, repeatable: bool) -> Any:
+    """The one type of a field that a command line can give: `str | int | None` is str, given as text."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    plain = [option for option in options if option in (bool, int, float, str)]
+    if repeatable:
+        element = plain[0] if plain else get_args(options[0])[0]
+        return list[element] | None  # type: ignore[valid-type]
+    return plain[0] | None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"expertflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _expertflow(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and leave")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@takes(settings=Settings, sampling=SamplingParams)
+def run(
+    model: ModelArgument,
+    settings: dict[str, Any],
+    sampling: dict[str, Any],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="text to continue; without it --file, or stdin")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="read the prompt from this file")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="a conversation, by the model's chat template")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="system message of the conversation")
+    ] = None,
+    revision: RevisionOption = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="print statistics and the memory plan at the end")
+    ] = False,
+    stats_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="save the statistics as JSON")
+    ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="draw how often each expert was used and read")
+    ] = None,
+) -> None:
+    """Generate text with a model that is larger than its memory budget.
+
+    The text goes to stdout as it is written, everything else to stderr.
+
+    [bold]Examples[/bold]
+
+      expertflow run Qwen/Qwen1.5-MoE-A2.7B "Once upon a time" --memory 6GiB
+
+      expertflow run ./mixtral --memory 20GiB --file question.txt --temperature 0.7 --seed 1 > answer.txt
+
+      expertflow run ./qwen-chat --memory 6GiB --chat
+
+      expertflow run ./qwen --cache-size 8 "Hello" --stats --heatmap experts.png
+    """
+    if system is not None and not chat:
+        raise ValueError("--system is the first message of a conversation; add --chat, or leave it out")
+    for path in (stats_json, heatmap):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"{path.absolute().parent} does not exist, so {path.name} cannot be written there"
+            )
+    if heatmap is not None:
+        from expertflow.report import require_matplotlib
+
+        require_matplotlib()
+    SamplingParams(**sampling)  # before seconds of loading
+    text = _read_prompt(prompt, file, chat)
+    with _load(model, revision, settings) as llm:
+        params = _sampling_params(llm, sampling)
+        try:
+            if chat:
+                _converse(llm, params, text, system)
+            else:
+                assert text is not None, "without --chat there is a prompt"
+                _write(llm, text, params, "max_tokens" in sampling)
+        finally:
+            _report(llm, stats, stats_json, heatmap)
+
+
+def _read_prompt(prompt: str | None, file: Path | None, chat: bool) -> str | None:
+    """None only in a conversation, whose turns are then read one by one."""
+    if prompt is not None and file is not None:
+        raise ValueError("a prompt and --file were both given; give one of them")
+    if file is not None:
+        return file.read_text(encoding="utf-8")
+    if prompt is not None or chat:
+        return prompt
+    if sys.stdin.isatty():
+        raise ValueError(
+            "no prompt: give it as an argument, with --file, or on stdin; or --chat for a conversation"
+        )
+    return sys.stdin.read()
+
+
+def _load(model: str, revision: str | None, settings: dict[str, Any]) -> LLM:
+    Settings(**settings)  # wrong values are reported before seconds of imports
+    _quiet_unless_terminal()
+    from expertflow.engine.llm import LLM
+
+    return LLM(model, revision=revision, **settings)
+
+
+def _quiet_unless_terminal() -> None:
+    """Progress bars of downloads and of loading are for people who watch."""
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging
+
+        disable_progress_bars()
+        logging.disable_progress_bar()
+
+
+def _sampling_params(llm: LLM, given: dict[str, Any]) -> SamplingParams:
+    """The checkpoint's recommendation, changed by what was given."""
+    recommended = replace(llm.get_default_sampling_params(), max_tokens=DEFAULT_MAX_TOKENS)
+    if (
+        recommended.temperature == 0
+        and "temperature" not in given
+        and given.keys()
+        & {
+            "top_p",
+            "top_k",
+            "min_p",
+            "seed",
+        }
+    ):
+        # Whoever asks for a kind of randomness wants some.
+        given = {"temperature": 1.0, **given}
+    return replace(recommended, **given)
+
+
+def _write(llm: LLM, prompt: str | list[int], params: SamplingParams, length_given: bool) -> str:
+    """Stream an answer to stdout; returns it."""
+    if not length_given:
+        ids = prompt if isinstance(prompt, list) else list(llm.tokenizer(prompt).input_ids)
+        room = llm.context - len(ids)
+        if room > 0:
+            params = replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room))
+    pieces = []
+    stream = llm.stream(prompt, params)
+    try:
+        for piece in stream:
+            pieces.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not sys.stdout.isatty():
+            raise
+        sys.stdout.write("\n")
+        raise
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return "".join(pieces)
+
+
+def _converse(llm: LLM, params: SamplingParams, first: str | None, system: str | None) -> None:
+    """Turns until end of input. On a terminal Ctrl-C stops an answer, and leaves at the prompt."""
+    start = [{"role": "system", "content": system}] if system is not None else []
+    llm.encode_chat([*start, {"role": "user", "content": ""}])  # no template is an error before any waiting
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        typer.echo("Ctrl-D leaves, Ctrl-C stops an answer, /clear starts over.", err=True)
+    messages = list(start)
+    turns = iter(functools.partial(_read_turn, interactive), None)
+    if first is not None:
+        turns = iter([first]) if not interactive and sys.stdin.isatty() else _chain(first, turns)
+    for turn in turns:
+        if turn.strip() == "/clear":
+            messages = list(start)
+            continue
+        if not turn.strip():
+            continue
+        messages.append({"role": "user", "content": turn})
+        try:
+            answer = _write(llm, llm.encode_chat(messages), params, False)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            messages.pop()
+            continue
+        except ValueError as error:  # the conversation outgrew the context
+            if not interactive:
+                raise
+            typer.echo(f"error: {error}; /clear starts over", err=True)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _read_turn(interactive: bool) -> str | None:
+    """One line of the user's, None at the end of input."""
+    if not interactive:
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    import readline  # noqa: F401  # gives input() history and editing
+
+    try:
+        return input("> ")
+    except EOFError:
+        typer.echo()
+        return None
+
+
+def _report(llm: LLM, stats: bool, stats_json: Path | None, heatmap: Path | None) -> None:
+    if not (stats or stats_json or heatmap):
+        return
+    from expertflow import report
+
+    found = report.collect(llm)
+    if stats:
+        _print_tables(found, _stderr())
+    if stats_json is not None:
+        report.save_json(found, stats_json)
+    if heatmap is not None:
+        report.save_heatmap(found, heatmap)
+
+
+def _print_tables(found: dict[str, Any], console: Console) -> None:
+    from expertflow.report import tables
+
+    for table in tables(found):
+        console.print(table)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@app.command()
+@takes()
+def stats(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="what `run --stats-json` saved")],
+    heatmap: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="draw how often each expert was used and read")
+    ] = None,
+) -> None:
+    """Show saved statistics.
+
+    [bold]Example[/bold]
+
+      expertflow run MODEL "Hello" --memory 6GiB --stats-json run.json
+
+      expertflow stats run.json --heatmap run.png
+    """
+    from rich.console import Console
+
+    from expertflow import report
+
+    found = report.load_json(file)
+    _print_tables(found, Console())
+    if heatmap is not None:
+        report.save_heatmap(found, heatmap)
+
+
+@app.command()
+@takes(settings=Settings)
+def plan(
+    model: ModelArgument,
+    settings: dict[str, Any],
+    revision: RevisionOption = None,
+    hit_ratio: Annotated[
+        float | None,
+        typer.Option(help="share of needed experts found in memory, 0 to 1", show_default="estimated"),
+    ] = None,
+    past: Annotated[int, typer.Option(help="tokens that come before the decoded ones")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Does it fit, and how fast will it be? Before anything is downloaded.
+
+    Reads the headers of the checkpoint and measures this machine. Leaves with 1 when the model does not fit.
+
+    [bold]Example[/bold]
+
+      expertflow plan Qwen/Qwen1.5-MoE-A2.7B --memory 6GiB
+    """
+    checked = Settings(**settings)
+    _quiet_unless_terminal()
+    from expertflow.forecast import run_plan
+
+    status = run_plan(model, checked, revision=revision, hit_ratio=hit_ratio, past=past, as_json=json)
+    raise typer.Exit(status)
+
+
+@app.command()
+@takes()
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="another model", show_default="models/tiny-moe")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="what the sample continues")] = DEMO_PROMPT,
+    max_tokens: Annotated[int, typer.Option(help="length of the sample")] = 120,
+) -> None:
+    """Show it on the small model of this repository: a sample, its statistics, the parity check."""
+    from rich.console import Console
+
+    folder = model or _REPOSITORY / "models" / "tiny-moe"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} does not exist: the demo's model comes with the repository, not with the package; run "
+            f"it "
+            f"from a clone, or give --model FOLDER"
+        )
+    console = Console(highlight=False)
+    with _load(str(folder), None, {"cache_size": DEMO_CACHE_SIZE, "context": 512}) as llm:
+        stats = llm.stats
+        shape = stats.shape
+        console.print(
+            f"{folder.name}: {shape.num_layers} layers of {max(shape.experts_per_layer)} experts. Of these "
+            f"{shape.num_experts}, {stats.num_slots} are in memory at a time; the others are read from "
+            f"{folder} when a token needs them.\n"
+            f"The model is tiny and trained for the demonstration; look at the machinery, not at the prose.\n"
+        )
+        params = SamplingParams(temperature=0.8, top_k=40, seed=DEMO_SEED, max_tokens=max_tokens)
+        sys.stdout.write(prompt)
+        _write(llm, prompt, params, length_given=True)
+        sys.stdout.write("\n")
+        from expertflow import report
+
+        _print_tables(report.collect(llm), console)
+
+
+def main() -> None:
+    """Entry point. Leaves with 0, with 2 after an error, with 130 after Ctrl-C."""
+    try:
+        app()
+    except KeyboardInterrupt:  # between typer's own handling and the end
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
