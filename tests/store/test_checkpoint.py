@@ -139,7 +139,7 @@ def test_index_naming_an_absent_tensor(tmp_path):
 
 
 def test_index_naming_the_wrong_shard(tmp_path):
-    weight_map = write_sharded(tmp_path, [{"a": torch.zeros(3)}, {"b": torch.zeros(3)}])
+    weight_map = write_sharded(tmp_path, [{"a": torch.zeros(3)}, {"b": torch.zeros(3), "c": torch.zeros(3)}])
     write_index(tmp_path / "model.safetensors.index.json", weight_map | {"b": weight_map["a"]})
     with pytest.raises(ValueError, match=r"'b' is in .*00001-of-00002\.safetensors, but it is not"):
         open_checkpoint(tmp_path)

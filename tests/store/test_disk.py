@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -366,25 +367,66 @@ def test_reading_after_close(checkpoint):
         read_expert(store, ExpertId(0, 0))
 
 
-def test_threads_share_a_store(checkpoint):
-    """All start at once, so they race to open the file; one descriptor must come of it."""
+def in_threads(count: int, work: Callable[[], object]) -> None:
+    """Run work in threads and raise the first failure."""
     failures: list[BaseException] = []
-    start = threading.Barrier(8)
 
-    def work() -> None:
+    def guarded() -> None:
         try:
-            start.wait()
-            assert_right_bytes(store, checkpoint)
+            work()
         except BaseException as error:
             failures.append(error)
 
+    threads = [threading.Thread(target=guarded) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def test_threads_share_a_store(checkpoint):
     with open_store(checkpoint, chunk_bytes=PAGE) as store:
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not failures
+        in_threads(4, lambda: assert_right_bytes(store, checkpoint))
+
+
+class AnnouncingLock:
+    """Sets `crowded` when a second thread arrives, before that waits."""
+
+    def __init__(self, crowded: threading.Event) -> None:
+        self.crowded = crowded
+        self.lock = threading.Lock()
+        self.arrivals = 0
+
+    def __enter__(self) -> None:
+        self.arrivals += 1
+        if self.arrivals > 1:
+            self.crowded.set()
+        self.lock.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.lock.release()
+
+
+def test_racing_first_reads_open_the_file_once(checkpoint, monkeypatch):
+    """The first thread stays in os.open until the second has come to the lock, or into os.open as well."""
+    crowded = threading.Event()
+    opened = []
+    real_open = os.open
+
+    def slow_open(path, *rest, **more):
+        opened.append(path)
+        if len(opened) > 1:
+            crowded.set()
+        assert crowded.wait(60)
+        return real_open(path, *rest, **more)
+
+    with open_store(checkpoint) as store:
+        monkeypatch.setattr(store, "_lock", AnnouncingLock(crowded))
+        monkeypatch.setattr(os, "open", slow_open)
+        in_threads(2, lambda: read_expert(store, ExpertId(0, 0)))
+        assert opened == [checkpoint.files[0]]
         assert len(store._descriptors) == 1
 
 
