@@ -81,7 +81,9 @@ def write_qwen_checkpoint(folder: Path, shape: QwenShape, seed: int = 0) -> Path
     need = shape.layers * shape.experts * shape.expert_bytes * 1.2 + 4 * shape.vocabulary * shape.hidden
     free = shutil.disk_usage(folder.parent).free
     if free < need:
-        raise SystemExit(f"{folder}: the checkpoint needs {need / 1e9:.1f} GB of disk and {free / 1e9:.1f} are free")
+        raise SystemExit(
+            f"{folder}: the checkpoint needs {need / 1e9:.1f} GB of disk and {free / 1e9:.1f} are free"
+        )
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
 
@@ -232,11 +234,20 @@ def other_load() -> float:
 
 
 def report(
-    name: str, metrics: dict[str, Any], bounds: dict[str, Any], targets: dict[str, Any], seed: int, json_path: Path | None
+    name: str,
+    metrics: dict[str, Any],
+    bounds: dict[str, Any],
+    targets: dict[str, Any],
+    seed: int,
+    json_path: Path | None,
 ) -> None:
     """Print the JSON object that ends every benchmark, and write it to a file when asked."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     ).stdout.strip()
     result = {
         "name": name,

@@ -33,9 +33,13 @@ MODULE = "benchmarks.decode_under_budget"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two layers and few tokens")
-    parser.add_argument("--folder", type=Path, default=Path("out"), help="where the checkpoint is written (kept)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("out"), help="where the checkpoint is written (kept)"
+    )
     parser.add_argument("--layers", type=int, default=None, help="8 by default, as in the target")
     parser.add_argument("--tokens", type=int, default=None, help="decode steps measured per run (24)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
@@ -64,10 +68,19 @@ def main() -> None:
     systems = options.only or ["ours", "accelerate", "resident"]
     runs: list[dict[str, Any]] = []
 
-    def run(worker: str, batch: int, memory: int | None, text: str = "greedy", steps: int = tokens) -> dict[str, Any]:
+    def run(
+        worker: str, batch: int, memory: int | None, text: str = "greedy", steps: int = tokens
+    ) -> dict[str, Any]:
         drop_from_page_cache(folder)
         arguments = ["--worker", worker, "--batch", str(batch), "--tokens", str(steps), "--text", text]
-        arguments += ["--folder", str(folder), "--memory", str(memory or 0), "--threads", str(options.threads)]
+        arguments += [
+            "--folder",
+            str(folder),
+            "--memory",
+            str(memory or 0),
+            "--threads",
+            str(options.threads),
+        ]
         console.print(f"running {worker}, batch {batch}, {text} ...")
         result = run_worker(MODULE, arguments, memory, options.threads)
         runs.append({"worker": worker, "batch": batch, "text": text, **result})
@@ -86,7 +99,18 @@ def main() -> None:
                 run(worker, batch, None)
 
     table = Table(title=f"Qwen1.5-MoE shape, {shape.layers} layers, {nbytes / 1e9:.1f} GB, random weights")
-    for column in ("system", "batch", "text", "memory", "peak", "tok/s", "hit ratio", "read", "bound tok/s", "TTFT"):
+    for column in (
+        "system",
+        "batch",
+        "text",
+        "memory",
+        "peak",
+        "tok/s",
+        "hit ratio",
+        "read",
+        "bound tok/s",
+        "TTFT",
+    ):
         table.add_column(column, justify="right")
     for entry in runs:
         if "error" in entry:
@@ -145,7 +169,11 @@ def judge(runs: list[dict[str, Any]], nbytes: int) -> tuple[dict[str, Any], dict
         best = max((rival["tokens_per_s"] for rival in rivals if rival), default=None)
         if resident and best:
             ratio = resident["tokens_per_s"] / best
-            targets[f"resident_over_transformers_batch_{batch}"] = {"asked": 0.95, "got": ratio, "met": ratio >= 0.95}
+            targets[f"resident_over_transformers_batch_{batch}"] = {
+                "asked": 0.95,
+                "got": ratio,
+                "met": ratio >= 0.95,
+            }
     return bounds, targets
 
 

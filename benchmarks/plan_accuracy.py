@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +157,14 @@ def _table(runs: list[dict[str, Any]], shape: QwenShape) -> Table:
 @torch.inference_mode()
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """In a process of its own: load, warm up, run prompts, decode random tokens."""
-    from dataclasses import asdict
-
     from transformers import AutoModelForCausalLM
 
     from expertflow.models.attach import ExpertFlowConfig
 
     config = ExpertFlowConfig(**asdict(settings_for(options.cache_size)))
     model = AutoModelForCausalLM.from_pretrained(options.folder, quantization_config=config)
-    cache = model.expertflow.cache
+    loaded: Any = model.expertflow  # torch types it as a submodule
+    cache = loaded.cache
     generator = torch.Generator().manual_seed(options.seed)
 
     def random_tokens(count: int) -> torch.Tensor:
@@ -182,7 +182,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     prefill = {"tokens_per_s": options.prompts * PROMPT / prefill_s, **_counts(cache.stats)}
 
     past = model(input_ids=random_tokens(PAST), use_cache=True, logits_to_keep=1).past_key_values
-    # The prompt has left the cache in an order of its own; decoding settles within its slots' worth of tokens.
+    # The prompt has left the cache in an order of its own; decoding settles within a few tokens.
     for _ in range(16):
         model(input_ids=random_tokens(1), past_key_values=past, use_cache=True)
     cache.reset_stats()
@@ -191,7 +191,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         model(input_ids=random_tokens(1), past_key_values=past, use_cache=True)
     decode_s = time.perf_counter() - started
     decode = {"tokens_per_s": options.tokens / decode_s, **_counts(cache.stats)}
-    model.expertflow.close()
+    loaded.close()
     return {"prefill": prefill, "decode": decode}
 
 

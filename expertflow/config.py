@@ -28,11 +28,15 @@ class Settings:
     batch: int = setting(1, "sequences at once that the KV cache may hold")
     prefill_chunk: int = setting(512, "tokens of a prompt that run at once; fewer need less scratch memory")
     policy: str = setting("lru", "which expert to evict: lru (within each layer's share of the slots)")
-    store: str = setting("disk", "where the other experts are: disk (read in place) or ram (all copied there)")
+    store: str = setting(
+        "disk", "where the other experts are: disk (read in place) or ram (all copied there)"
+    )
     direct_io: bool | None = setting(
         None, "bypass the page cache when reading experts; default: yes where the file system can"
     )
-    overlap: bool = setting(True, "compute ready experts while others are read (off: the slow, obvious version)")
+    overlap: bool = setting(
+        True, "compute ready experts while others are read (off: the slow, obvious version)"
+    )
 
     def __post_init__(self) -> None:
         if self.memory is not None and self.cache_size is not None:
@@ -85,14 +89,16 @@ def parse_bytes(size: str | int) -> int:
         if not unit:
             raise ValueError(f"memory={size!r} has no unit; write '{size}GiB' if you mean gibibytes")
         if unit not in _UNITS:
-            raise ValueError(f"memory={size!r}: unknown unit {unit!r}; use B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
+            raise ValueError(
+                f"memory={size!r}: unknown unit {unit!r}; use B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
+            )
     if not 0 < number < float("inf"):
         raise ValueError(f"memory={size!r} must be above zero and finite; write for example '6GiB'")
     return int(number * _UNITS[unit])
 
 
 def format_bytes(nbytes: float) -> str:
-    """"6.12 GiB", "512 MiB", "17 B": three significant digits, binary units."""
+    """ "6.12 GiB", "512 MiB", "17 B": three significant digits, binary units."""
     magnitude, unit = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(magnitude) < 1000:
