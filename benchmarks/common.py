@@ -210,8 +210,7 @@ def run_worker(module: str, arguments: list[str], limit_bytes: int | None, threa
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             preexec_fn=enter,
             check=False,
