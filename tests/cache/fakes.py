@@ -119,6 +119,7 @@ class Turnstile:
             assert ok, f"nobody let the load of {expert} go on"
             self._permits -= 1
             self._passed += 1
+            self._condition.notify_all()
 
     def let(self, chunks: int) -> None:
         """Give so many more permits."""
@@ -136,6 +137,16 @@ class Turnstile:
         with self._condition:
             self._open = True
             self._condition.notify_all()
+
+    @property
+    def passed(self) -> int:
+        with self._condition:
+            return self._passed
+
+    def wait_for_passes(self, count: int) -> None:
+        """Until the loader was let through so many times since the start."""
+        with self._condition:
+            assert self._condition.wait_for(lambda: self._passed >= count, GUARD_S)
 
     def wait_for_arrivals(self, count: int) -> None:
         """Until the loader has asked for so many chunks since the start."""

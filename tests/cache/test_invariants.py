@@ -1,0 +1,326 @@
+"""The invariants of DESIGN.md, section 2, as far as the cache alone can keep or break them.
+
+Every run here is poisoned: a slot is NaN from the moment a load into it is decided until its bytes are
+whole, and what a layer holds is compared before and after other loads go on. The loader reads when a
+seeded adversary lets it, so the order of arrivals is the adversary's, not the machine's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fakes import (
+    HIDDEN,
+    FakeStore,
+    Threads,
+    Turnstile,
+    assert_no_pins,
+    experts_of,
+    on_wait,
+    poison_pending_slots,
+    replayed_actions,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+
+from expertflow.cache.expert_cache import ExpertCache, Weights
+from expertflow.cache.policies import POLICIES
+from expertflow.core import ExpertId, MoEShape
+from expertflow.models.experts import Attachment, run_experts
+from expertflow.store.checkpoint import open_checkpoint
+from expertflow.store.disk import DiskStore
+from expertflow.store.layout import Part
+from expertflow.store.ram import RamStore
+
+SHAPE = MoEShape((6, 6, 6))
+PASSES, TOKENS, TOP_K = 3, 7, 2
+
+
+@dataclass
+class Routes:
+    """Where tokens go in each pass and layer; fixed in advance, as under schedule=fixed."""
+
+    index_TK: list[Tensor]
+    weight_TK: list[Tensor]
+    hidden_TD: Tensor
+
+    @classmethod
+    def random(cls, seed: int) -> Routes:
+        draw = torch.Generator().manual_seed(seed)
+        steps = range(PASSES * SHAPE.num_layers)
+        tokens = 1 if seed % 3 == 0 else TOKENS
+        chosen = [
+            torch.stack([torch.randperm(7, generator=draw)[:TOP_K] for _ in range(tokens)]) for _ in steps
+        ]  # expert 6 is "nowhere": a token dropped over capacity
+        weights = [torch.rand(tokens, TOP_K, generator=draw) for _ in steps]
+        return cls(chosen, weights, torch.randn(tokens, HIDDEN, generator=draw))
+
+    def needed(self, step: int) -> list[ExpertId]:
+        experts = sorted(set(self.index_TK[step].flatten().tolist()) - {6})
+        return [ExpertId(step % SHAPE.num_layers, expert) for expert in experts]
+
+
+def multiply(rows_ND: Tensor, weights: Weights) -> Tensor:
+    return F.linear(F.relu(F.linear(rows_ND, weights["up"][0])), weights["down"][0])
+
+
+class Predictions:
+    """Hints before each layer, of a kind drawn by seed: right, wrong, everything, nothing, nonsense order."""
+
+    KINDS = ("nothing", "everything", "noise", "right", "wrong", "late", "mixed")
+
+    def __init__(self, kind: str, routes: Routes, seed: int):
+        self.kind, self.routes, self.draw = kind, routes, random.Random(seed)
+
+    def hints(self, step: int) -> list[ExpertId]:
+        everyone = list(experts_of(SHAPE))
+        kind = self.draw.choice(self.KINDS[:-1]) if self.kind == "mixed" else self.kind
+        next_layer = (step + 1) % SHAPE.num_layers
+        soon = self.routes.needed(min(step + 1, len(self.routes.index_TK) - 1))
+        if kind == "right":
+            return [*self.routes.needed(step), *soon]
+        if kind == "wrong":
+            return [e for e in everyone if e.layer == next_layer and e not in soon]
+        if kind == "late":
+            return self.routes.needed(step - 1) if step else []
+        if kind == "noise":
+            return self.draw.choices(everyone, k=self.draw.randrange(10))
+        return everyone if kind == "everything" else []
+
+
+class Adversary:
+    """Lets the loader read one chunk here, ten there, and while an expert is being multiplied."""
+
+    def __init__(self, cache: ExpertCache, seed: int):
+        self.cache, self.draw = cache, random.Random(seed)
+        self.gate = Turnstile(cache.store)
+        self.whole_load = 1 + cache.store.num_chunks
+        on_wait(cache, lambda: self.gate.let_at_least(self.whole_load + self.draw.randrange(4)))
+
+    def multiply(self, rows_ND: Tensor, weights: Weights) -> Tensor:
+        before = {role: parts[0].clone() for role, parts in weights.items()}
+        first = multiply(rows_ND, weights)
+        for _ in range(self.draw.choice((0, 0, 1, 4))):
+            self.let_one_chunk_pass()
+        for role, parts in weights.items():
+            assert torch.equal(parts[0], before[role]), "an expert changed while it was in use"
+        again = multiply(rows_ND, weights)
+        assert torch.equal(first, again)
+        assert not again.isnan().any(), "an expert was handed out before its bytes were whole"
+        return again
+
+    def let_one_chunk_pass(self) -> None:
+        loader = self.cache._loader
+        with self.cache._condition:
+            passed = self.gate.passed
+            jobs = [*loader._urgent.values(), *loader._prefetch.values()]
+            if all(job.next_chunk == len(job.chunks) for job in jobs):
+                return  # nothing is left to ask for, so nobody would come
+        self.gate.let(1)
+        self.gate.wait_for_passes(passed + 1)
+
+
+def run(
+    cache: ExpertCache, routes: Routes, multiply_one=multiply, predictions: Predictions | None = None
+) -> Tensor:
+    hidden_TD = routes.hidden_TD
+    outputs = []
+    for step, (index_TK, weight_TK) in enumerate(zip(routes.index_TK, routes.weight_TK, strict=True)):
+        layer = step % SHAPE.num_layers
+        if predictions is not None:
+            cache.prefetch(predictions.hints(step))
+        attachment = Attachment(cache, layer, SHAPE.experts_per_layer[layer])
+        hidden_TD = F.layer_norm(
+            hidden_TD + run_experts(attachment, hidden_TD, index_TK, weight_TK, multiply_one), (HIDDEN,)
+        )
+        outputs.append(hidden_TD)
+    return torch.stack(outputs)
+
+
+def all_resident(store, routes: Routes, dtype: torch.dtype | None = None) -> Tensor:
+    """The reference: every expert in its slot before the first layer opens."""
+    cache = ExpertCache(store, SHAPE, SHAPE.num_experts, dtype=dtype)
+    try:
+        cache.prefetch(experts_of(SHAPE))
+        cache.wait_idle()
+        output = run(cache, routes)
+        assert cache.stats.misses == 0
+        assert not output.isnan().any()
+        return output
+    finally:
+        cache.close()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(24))
+def test_the_cache_is_invisible(seed, policy):
+    """Budget, overlap, arrival order and predictions, drawn at random, change no bit; nor does the plan
+    decide anything that a replay of the record would not decide again. (Invariants 1, 2, 3, 7.)"""
+    draw = random.Random(seed)
+    routes = Routes.random(seed)
+    dtype = draw.choice((None, None, torch.float64))
+    if dtype is not None:
+        routes.hidden_TD = routes.hidden_TD.to(dtype)
+    expected = all_resident(FakeStore(SHAPE), routes, dtype)
+
+    num_slots = draw.choice((2, 2, 3, 4, 5, 8, 12, 17))
+    cache = ExpertCache(
+        FakeStore(SHAPE),
+        SHAPE,
+        num_slots,
+        policy=policy,
+        overlap=seed % 2 == 0,
+        dtype=dtype,
+        record_events=True,
+    )
+    poison_pending_slots(cache)
+    adversary = Adversary(cache, seed)
+    predictions = Predictions(Predictions.KINDS[seed % len(Predictions.KINDS)], routes, seed)
+    try:
+        output = run(cache, routes, adversary.multiply, predictions)
+        assert torch.equal(output, expected)
+        assert_no_pins(cache)
+        adversary.gate.open()
+        cache.wait_idle()
+        done, decided = replayed_actions(cache, policy)
+        assert done == decided
+        assert cache.table.residents == cache._weights.keys()
+    finally:
+        adversary.gate.open()
+        cache.close()
+
+
+def test_predictions_do_move_experts():
+    """The test above would prove nothing if hints were ignored."""
+    routes = Routes.random(1)
+    misses = {}
+    for kind in ("nothing", "right", "wrong"):
+        cache = ExpertCache(FakeStore(SHAPE), SHAPE, 12)
+        predictions = Predictions(kind, routes, 0)
+        for step in range(len(routes.index_TK)):
+            cache.prefetch(predictions.hints(step))
+            cache.wait_idle()
+            for _ in cache.open_layer(step % 3, [expert.expert for expert in routes.needed(step)]):
+                pass
+        misses[kind] = cache.stats.misses
+        assert (cache.stats.prefetches > 0) == (kind != "nothing")
+        cache.close()
+    assert misses["right"] < misses["nothing"] <= misses["wrong"]
+
+
+def test_poison_is_noticed():
+    """A loader that reports before its bytes are there must fail here. Without this test, a poison that
+    the cache overwrites by chance (or that is no NaN) would let invariant 3 pass for nothing."""
+    cache = ExpertCache(FakeStore(SHAPE), SHAPE, 3)
+    poison_pending_slots(cache)
+    cache.store.read_chunk = lambda chunk, buffer: chunk.nbytes  # type: ignore[method-assign]
+    rows = torch.ones(1, HIDDEN)
+    try:
+        for _, weights in cache.open_layer(0, [0, 1]):
+            assert multiply(rows, weights).isnan().all()
+    finally:
+        cache.close()
+
+
+@pytest.mark.parametrize("num_slots", [3, 6])
+def test_threads_that_share_a_cache_get_what_each_would_get_alone(num_slots):
+    routes = [Routes.random(seed) for seed in (1, 2, 4)]
+    expected = [all_resident(FakeStore(SHAPE), one) for one in routes]
+    cache = ExpertCache(FakeStore(SHAPE), SHAPE, num_slots, record_events=True)
+    poison_pending_slots(cache)
+    outputs: dict[int, Tensor] = {}
+
+    def run_one(number: int) -> None:
+        predictions = Predictions("mixed", routes[number], number)
+        outputs[number] = run(cache, routes[number], predictions=predictions)
+
+    try:
+        with Threads() as threads:
+            for number in range(len(routes)):
+                threads.start(run_one, number)
+        for number, output in outputs.items():
+            assert torch.equal(output, expected[number])
+        assert len(outputs) == len(routes)
+        assert_no_pins(cache)
+        cache.wait_idle()
+        done, decided = replayed_actions(cache, "lru")
+        assert done == decided
+    finally:
+        cache.close()
+
+
+# The real stores.
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    fake = FakeStore(SHAPE)
+    weights = {
+        f"layers.{expert.layer}.experts.{expert.expert}.{role}": parts[0].clone()
+        for expert in experts_of(SHAPE)
+        for role, parts in fake.weights(expert).items()
+    }
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def open_store(folder: Path, kind: str) -> DiskStore | RamStore:
+    checkpoint = open_checkpoint(folder)
+
+    def part(expert: ExpertId, role: str) -> Part:
+        span = checkpoint.spans[f"layers.{expert.layer}.experts.{expert.expert}.{role}"]
+        return Part(role, span.path, span.offset, span.nbytes, span.dtype, span.shape)
+
+    parts: dict[ExpertId, Sequence[Part]] = {e: (part(e, "up"), part(e, "down")) for e in experts_of(SHAPE)}
+    disk = DiskStore(checkpoint, parts, direct=False if kind == "buffered" else None, chunk_bytes=4096)
+    return RamStore(disk) if kind == "ram" else disk
+
+
+def fingerprint(folder: Path) -> list[tuple]:
+    return [
+        (
+            path.name,
+            path.stat().st_mtime_ns,
+            path.stat().st_size,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in sorted(folder.rglob("*"))
+    ]
+
+
+@pytest.mark.parametrize("kind", ["disk", "buffered", "ram"])
+def test_no_store_shows_in_the_output_and_none_writes(checkpoint_folder, kind):
+    """Invariants 1 and 5."""
+    before = fingerprint(checkpoint_folder)
+    routes = Routes.random(5)
+    with open_store(checkpoint_folder, "ram") as reference, open_store(checkpoint_folder, kind) as store:
+        expected = all_resident(reference, routes)
+        for num_slots, overlap in [(2, True), (5, False), (9, True)]:
+            cache = ExpertCache(store, SHAPE, num_slots, overlap=overlap)
+            poison_pending_slots(cache)
+            try:
+                output = run(cache, routes, predictions=Predictions("mixed", routes, num_slots))
+                assert torch.equal(output, expected)
+                assert cache.stats.bytes_read > 0
+            finally:
+                cache.close()
+    assert fingerprint(checkpoint_folder) == before
+
+
+def test_fake_and_real_stores_hold_the_same_weights(checkpoint_folder):
+    fake = FakeStore(SHAPE)
+    with open_store(checkpoint_folder, "disk") as store:
+        cache = ExpertCache(store, SHAPE, 4)
+        for layer in range(SHAPE.num_layers):
+            for expert, weights in cache.open_layer(layer, range(6)):
+                for role, parts in fake.weights(ExpertId(layer, expert)).items():
+                    assert torch.equal(torch.cat(weights[role]), parts[0])
+        cache.close()
