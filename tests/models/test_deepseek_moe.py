@@ -132,6 +132,15 @@ def test_generation_with_and_without_the_kv_cache_agree(model):
     assert torch.equal(model.generate(ids_BT, use_cache=False, **options), cached)
 
 
+@torch.no_grad()
+def test_positions_continue_behind_the_cache(model):
+    """generate() passes position_ids; callers of forward, such as training code, need not."""
+    ids_BT = token_ids(2, 10)
+    past = model(ids_BT[:, :6], use_cache=True).past_key_values
+    rest = model(ids_BT[:, 6:], past_key_values=past, use_cache=True).logits
+    torch.testing.assert_close(rest, model(ids_BT).logits[:, 6:], rtol=1e-4, atol=1e-4)
+
+
 def test_remote_code_is_neither_asked_for_nor_run(folder, monkeypatch):
     """config.json names Python files in auto_map; our class is local, so nobody may be asked."""
     assert "auto_map" in json.loads((folder / "config.json").read_text())
