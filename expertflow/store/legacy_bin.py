@@ -86,6 +86,7 @@ def _stored_records(archive: zipfile.ZipFile, file: BinaryIO, path: Path) -> dic
             raise _refused(path, f"compresses {record.filename}, which cannot be read in place")
         if record.filename.endswith("/data.pkl") and record.file_size > MAX_HEADER_BYTES:
             raise _refused(path, f"has an index of {record.file_size} bytes, limit {MAX_HEADER_BYTES}")
+        # Before torch sees the file: swapping the bytes of a storage without data crashes the interpreter (2.13).
         if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
             raise _refused(path, "was written on a big-endian machine")
         # The local header repeats name and extra field, and torch pads the latter to align the data.
