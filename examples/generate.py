@@ -26,9 +26,7 @@ def main() -> None:
             print(piece, end="", flush=True)
 
         stats = llm.stats
-        print(
-            f"\n\n{stats.hit_ratio:.0%} of the experts needed were in memory; {stats.bytes_read:,} bytes were read."
-        )
+        print(f"\n\n{stats.hit_ratio:.0%} of the experts were in memory when needed.")
 
 
 if __name__ == "__main__":

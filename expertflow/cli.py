@@ -442,6 +442,49 @@ def plan(
 
 
 @app.command()
+@takes(settings=Settings)
+def check(
+    model: ModelArgument,
+    settings: dict[str, Any],
+    revision: RevisionOption = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="compare on this text; may be repeated", show_default="a few built in"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="greedy tokens to compare after each prompt")] = 32,
+    seed: Annotated[int, typer.Option(help="of the forced mispredictions")] = 0,
+    layer_by_layer: Annotated[
+        bool, typer.Option("--layer-by-layer", help="even when the whole model fits in memory")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Is the output the same as that of transformers? A proof on your own checkpoint.
+
+    Compares logits and greedy tokens, forced mispredictions included; layer by layer when the whole model
+    does not fit in memory. Leaves with 1 when they differ.
+
+    [bold]Example[/bold]
+
+      expertflow check ./mixtral --memory 20GiB
+    """
+    checked = Settings(**settings)
+    _quiet_unless_terminal()
+    from expertflow.check import run_check
+
+    status = run_check(
+        model,
+        checked,
+        revision=revision,
+        prompts=prompt or None,
+        max_new_tokens=max_tokens,
+        seed=seed,
+        layer_by_layer=layer_by_layer,
+        as_json=json,
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
 @takes()
 def demo(
     model: Annotated[
@@ -477,6 +520,11 @@ def demo(
         from expertflow import report
 
         _print_tables(report.collect(llm), console)
+    from expertflow.check import run_check
+
+    console.print("\nIs that what transformers would compute? The same model, all in memory, beside ours:")
+    settings = Settings(cache_size=DEMO_CACHE_SIZE, context=512)
+    raise typer.Exit(run_check(str(folder), settings, prompts=[prompt], max_new_tokens=16, console=console))
 
 
 def main() -> None:

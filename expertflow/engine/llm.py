@@ -245,14 +245,20 @@ class LLM:
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    reason = "none of its files is there"
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # For some architectures transformers makes an empty tokenizer out of nothing.
+        if any(
+            (folder / name).exists() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())
+        ):
+            return tokenizer
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{folder} has no tokenizer that can be loaded ({reason}); download tokenizer.json and "
-            f"tokenizer_config.json of the model into it"
-        ) from None
+    raise ValueError(
+        f"{folder} has no tokenizer that can be loaded ({reason}); download tokenizer.json and "
+        f"tokenizer_config.json of the model into it"
+    )
 
 
 def _recommended_params(model: PreTrainedModel) -> SamplingParams:

@@ -26,8 +26,9 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     Raises FileNotFoundError, ConnectionError or ValueError with the remedy. The weights are not looked at:
     store/checkpoint.py does that when they are opened.
     """
+    name = str(model)
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and name.strip():
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r} chooses a version of a hub model, and {folder} is a folder; leave it "
@@ -35,9 +36,8 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
             )
         check_config(read_config(folder), str(folder))
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise ValueError(f"{folder} is a file; give the folder that holds it")
-    name = str(model)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise FileNotFoundError(
             f"{name or 'the empty name'} does not exist; give a folder that holds a checkpoint, or a hub id "
