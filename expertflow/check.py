@@ -370,7 +370,7 @@ def _run_transformers(folder: Path, inputs: Sequence[Tensor], max_new_tokens: in
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, inputs: Sequence[Tensor], max_new_tokens: int) -> _Run:
+def _run(model: Any, inputs: Sequence[Tensor], max_new_tokens: int) -> _Run:
     """Greedy, one prompt at a time: rows then never change with what else is in the batch."""
     tokens, logits = [], []
     for ids in inputs:
@@ -486,7 +486,10 @@ class _Reference:
             else:
                 every = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 state |= {key: every[key] for key in keys}
-        config = LoadStateDictConfig(dtype=dtype, weight_mapping=get_model_conversion_mapping(self.model))
+        mapping: list[Any] = list(
+            get_model_conversion_mapping(self.model)
+        )  # it collects: a new one each time
+        config = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping)
         convert_and_load_state_dict_in_model(self.model, state, config)
         module = self.model.get_submodule(name)
         missing = [role for role, parameter in module.named_parameters() if parameter.is_meta]

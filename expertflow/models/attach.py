@@ -8,6 +8,7 @@ they are in the checkpoint and are read when a router asks for them.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import weakref
@@ -28,6 +29,7 @@ from expertflow import budget
 from expertflow.budget import MemoryPlan
 from expertflow.cache.expert_cache import ExpertCache
 from expertflow.cache.loader import slot_bytes
+from expertflow.cache.policies import POLICIES
 from expertflow.config import Settings
 from expertflow.core import MoEShape
 from expertflow.models import deepseek_moe
@@ -38,6 +40,8 @@ from expertflow.models.switch import OffloadedExperts
 from expertflow.store.checkpoint import Checkpoint, open_checkpoint
 from expertflow.store.disk import DiskStore
 from expertflow.store.ram import RamStore
+
+logger = logging.getLogger(__name__)
 
 METHOD = "expertflow"
 
@@ -59,6 +63,10 @@ class ExpertFlowConfig(QuantizationConfigMixin):
             )
         self.quant_method = METHOD
         self.settings = Settings(**settings)
+        if self.settings.policy not in POLICIES:
+            raise ValueError(
+                f"policy={self.settings.policy!r} is unknown; it can be: {', '.join(sorted(POLICIES))}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, **asdict(self.settings)}
@@ -155,7 +163,13 @@ class ExpertFlowQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        return False  # the experts are not in the module; the checkpoint they came from is untouched
+        """Asked by save_pretrained, which then raises and refers to the log for the reason."""
+        logger.warning(
+            "not saved: the experts are in %s, not in the model. Nothing in it has changed: copy that folder, or "
+            "load it with transformers alone to save it in another form",
+            self._checkpoint.folder,
+        )
+        return False
 
     @property
     def is_trainable(self) -> bool:
