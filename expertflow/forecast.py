@@ -7,7 +7,6 @@ device, the memory budget, this machine's measured speeds, the arithmetic of a s
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from expertflow.step_time import (
     check_hit_ratio,
     distinct_experts,
     forecast_speed,
+    prompt_hit_ratio,
     prompt_tokens,
     typical_hit_ratio,
 )
@@ -97,10 +97,10 @@ def plan_model(
 ) -> Forecast:
     """Forecast memory and speed of a model folder or hub id. Reads headers, and this machine's clock.
 
-    hit_ratio: the share of needed experts that are in fast memory; None: estimated. past: tokens before the
-    decoded one. machine: speeds to assume; None: measured here, which takes some seconds and, for a hub
-    model, a file of 256 MiB for a moment in the cache folder. Raises ValueError or OSError with the remedy; a
-    budget that is too small is no error here but `fits=False`.
+    hit_ratio: the share of experts needed that are in fast memory, when decoding; prefill_hit_ratio: for
+    prompts; None: estimated. past: tokens before the decoded one. machine: speeds to assume; None: measured
+    here, which takes some seconds and, for a hub model, a file of 256 MiB for a moment in the cache folder.
+    Raises ValueError or OSError with the remedy; a budget that is too small is no error but `fits=False`.
     """
     if past < 0 or past >= settings.context:
         raise ValueError(f"past={past} must be at least 0 and below the context of {settings.context} tokens")
@@ -121,8 +121,7 @@ def plan_model(
         machine,
         settings,
         typical_hit_ratio(resident) if hit_ratio is None else hit_ratio,
-        # A chunk of a prompt asks for nearly every expert once, so it finds the share that is there.
-        prefill_hit_ratio if prefill_hit_ratio is not None else resident if hit_ratio is None else hit_ratio,
+        _prompt_hit_ratio(work, memory, settings) if prefill_hit_ratio is None else prefill_hit_ratio,
         past,
     )
     others = {"nothing cached": 0.0, "uniform routing": resident, "90 %": 0.9, "everything cached": 1.0}
@@ -223,6 +222,13 @@ def _fit(skeleton: Skeleton, settings: Settings) -> tuple[MemoryPlan, bool]:
     return plan_memory(model, settings, held, free), True
 
 
+def _prompt_hit_ratio(work: Work, memory: MemoryPlan, settings: Settings) -> float:
+    layers = work.prefill.experts_per_layer
+    tokens = prompt_tokens(settings)
+    needed = sum(distinct_experts(experts, work.top_k, tokens) for experts in layers) / max(1, len(layers))
+    return prompt_hit_ratio(memory.num_slots, len(layers), needed) if layers else 1.0
+
+
 def _budget_bytes(settings: Settings) -> int | None:
     return parse_bytes(settings.memory) if settings.memory is not None else None
 
@@ -234,7 +240,7 @@ def _measure(skeleton: Skeleton, settings: Settings, folder: Path, files: Sequen
     else:
         load_bytes_per_s = measure_disk(folder, files, work.expert_read_bytes)
     rows = {
-        math.ceil(tokens * work.top_k / distinct_experts(experts, work.top_k, tokens))
+        round(tokens * work.top_k / distinct_experts(experts, work.top_k, tokens))
         for one, tokens in ((work.decode, batch), (work.prefill, chunk))
         for experts in one.experts_per_layer
     }
@@ -346,8 +352,8 @@ def hit_ratio_note(forecast: Forecast) -> str:
         return f"The hit ratio was given; {bound}."
     return (
         f"estimate: {share:.2f} ** {TYPICAL_EXPONENT} = {forecast.expected.hit_ratio:.2f}, typical of LRU in "
-        f"each layer on text ({bound}); prompts find the resident share. Measure yours with --stats, give it "
-        f"with --hit-ratio."
+        f"each layer on text ({bound}); prompts {forecast.expected.prefill_hit_ratio:.2f}. Measure yours with "
+        f"--stats, give it with --hit-ratio."
     )
 
 

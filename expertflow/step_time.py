@@ -222,6 +222,17 @@ def prompt_tokens(settings: Settings) -> int:
     return min(settings.prefill_chunk, settings.context) * settings.batch
 
 
+def prompt_hit_ratio(num_slots: int, num_layers: int, needed: float) -> float:
+    """What per-layer LRU reaches on prompt chunks that need `needed` experts of every layer, the steady state.
+
+    The layer at work borrows slots up to its need and lends them to the next one. So one layer holds all it
+    needs, and each of the others, when its turn comes, finds an equal part of the remaining slots.
+    """
+    if num_layers == 1:
+        return min(1.0, num_slots / needed)
+    return max(0.0, min(1.0, (num_slots - needed) / ((num_layers - 1) * needed)))
+
+
 def typical_hit_ratio(resident_share: float) -> float:
     """What per-layer LRU can be expected to reach on text, between the uniform bound and 1."""
     return resident_share**TYPICAL_EXPONENT

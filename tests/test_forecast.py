@@ -17,7 +17,11 @@ from rich.console import Console
 
 from expertflow import forecast as forecast_module
 from expertflow import measure
+from expertflow.cache.plan import CachePlan, Load
+from expertflow.cache.policies import POLICIES
+from expertflow.cache.slots import SlotTable
 from expertflow.config import Settings
+from expertflow.core import ExpertId, MoEShape
 from expertflow.forecast import Forecast, plan_model, run_plan
 from expertflow.step_time import (
     Machine,
@@ -28,6 +32,7 @@ from expertflow.step_time import (
     expected_layer_seconds,
     forecast_speed,
     layer_seconds,
+    prompt_hit_ratio,
     typical_hit_ratio,
 )
 from tests.families import write_checkpoint
@@ -112,6 +117,31 @@ def test_expected_layer_seconds_against_draws() -> None:
         misses = sum(draw.random() > 0.7 for _ in range(4))
         total += layer_seconds(4 - misses, misses, 1.0, 0.3, overlap=True)
     assert expected_layer_seconds(4.0, 0.7, 1.0, 0.3, overlap=True) == pytest.approx(total / 20000, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_slots"), [(1, 3), (2, 4), (2, 8), (2, 12), (4, 16), (6, 14), (3, 24)]
+)
+def test_prompt_hit_ratio_against_the_cache(num_layers: int, num_slots: int) -> None:
+    """Two layers at half their experts hit nothing: the first to run takes the other's slots. Seen on a disk."""
+    plan = CachePlan(SlotTable(num_slots), POLICIES["lru"](MoEShape((8,) * num_layers), num_slots))
+    hits = []
+    for chunk in range(12):
+        for layer in range(num_layers):
+            opened = plan.open_layer(layer, [ExpertId(layer, expert) for expert in range(8)])
+            if chunk > 5:
+                hits.append(len(opened.ready) / 8)
+            there, loads = list(opened.ready), list(opened.actions)
+            while there or loads:
+                if there:
+                    loads += plan.release(there.pop(0))
+                else:
+                    load = loads.pop(0)
+                    assert isinstance(load, Load)
+                    loads += plan.load_finished(load.expert)
+                    there.append(load.expert)
+    # Slots are whole, so a share of 2.8 is 2 in some layers and 3 in others.
+    assert prompt_hit_ratio(num_slots, num_layers, 8) == pytest.approx(sum(hits) / len(hits), abs=0.1)
 
 
 def test_everything_needed_at_large_batch_and_width_is_finite() -> None:
@@ -203,7 +233,8 @@ def test_estimate_follows_from_the_share_that_fits(folder: Path) -> None:
     assert found.memory.resident_share == 0.25
     assert found.expected.label == "estimate"
     assert found.expected.hit_ratio == pytest.approx(0.25**0.6)
-    assert found.expected.prefill_hit_ratio == 0.25
+    # Chunks of 512 tokens need all 8 experts of both layers, and there are 4 slots.
+    assert found.expected.prefill_hit_ratio == 0.0
     assert [speed.hit_ratio for speed in found.speeds[1:]] == [0.0, 0.25, 0.9, 1.0]
     assert "0.25 ** 0.6" in forecast_module.hit_ratio_note(found)
     assert typical_hit_ratio(1.0) == 1.0
@@ -214,7 +245,7 @@ def test_given_hit_ratio(folder: Path) -> None:
     assert (found.expected.label, found.expected.hit_ratio, found.expected.prefill_hit_ratio) == (
         "given",
         0.5,
-        0.5,
+        0.0,
     )
     assert "given" in forecast_module.hit_ratio_note(found)
 
