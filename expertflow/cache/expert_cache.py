@@ -2,7 +2,7 @@
 
 `open_layer` is all that arithmetic sees. Decisions are plan.py's, threads are loader.py's; this file
 executes the one with the other and records what happened. Threads may share a cache: one layer is open
-at a time and the others wait in line, so that nobody's experts are released by somebody else.
+at a time and the others wait in line, so that nobody gives up what somebody else waits for.
 """
 
 from __future__ import annotations
@@ -108,6 +108,13 @@ class ExpertCache:
             with self._changing_books():
                 pending.update(dict.fromkeys(needed))
                 self._open(layer, needed)
+                all_ready = self.plan.content and all(map(self.table.is_ready, needed))
+            if all_ready:
+                # Nothing to wait for and nobody waits for a slot: one step of the books for the whole layer
+                # (16 of them cost more than the arithmetic of a small layer). `_leave` releases the pins.
+                for expert in needed:
+                    yield expert.expert, self._weights[expert]
+                return
             while pending:
                 if current is not None:
                     with self._changing_books():
@@ -150,8 +157,7 @@ class ExpertCache:
         thread gets a RuntimeError. The weights must not be used afterwards."""
         with self._condition:
             self._closed = True
-            self._condition.notify_all()
-        self._loader.close()
+        self._loader.close()  # wakes every thread that waits
 
     @contextmanager
     def _changing_books(self, even_if_closed: bool = False) -> Iterator[None]:

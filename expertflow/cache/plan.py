@@ -87,6 +87,11 @@ class CachePlan:
         self._expected: set[ExpertId] = set()  # predicted, and their layer has not opened since
         self._prefetching: dict[ExpertId, _Stage] = {}  # given to the loader, not there yet; latest last
 
+    @property
+    def content(self) -> bool:
+        """No demand and no hint waits for a slot, so a release would start nothing."""
+        return not self._demands and not self._hints
+
     def prefetch(self, experts: Iterable[ExpertId]) -> list[Action]:
         """Take note of experts that will be needed, soonest first, and load what fits now.
 

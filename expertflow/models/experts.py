@@ -41,43 +41,56 @@ def run_experts(
     num_tokens, top_k = index_TK.shape
     if num_tokens == 0:
         return hidden_TD.clone()
-    expert_S, order_S = index_TK.reshape(-1).sort(stable=True)
-    token_S = order_S // top_k if top_k > 1 else order_S
-    experts, counts = torch.unique_consecutive(expert_S, return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    rows_of = {
-        expert: (begin, end)
-        for expert, begin, end in zip(experts.tolist(), [0, *ends[:-1]], ends, strict=True)
-    }
-    out_SD = hidden_TD.new_empty(num_tokens * top_k, hidden_TD.shape[-1])
-    nowhere = rows_of.pop(attachment.num_experts, None)
-    if nowhere is not None:
-        out_SD[order_S[nowhere[0] : nowhere[1]]] = 0
-    for expert, weights in attachment.cache.open_layer(attachment.layer, list(rows_of)):
-        begin, end = rows_of[expert]
-        rows_ND = hidden_TD[token_S[begin:end]] if num_tokens > 1 else hidden_TD
-        out_ND = multiply(pad_rows(rows_ND), weights)[: end - begin]
-        out_SD[order_S[begin:end]] = out_ND.to(out_SD.dtype)
+    positions_of: dict[int, list[int]] = {}  # of T*K, by expert
+    for position, expert in enumerate(index_TK.reshape(-1).tolist()):
+        positions_of.setdefault(expert, []).append(position)
+    dropped = positions_of.pop(attachment.num_experts, [])
+    if not positions_of:
+        return torch.zeros_like(hidden_TD)
+
+    # One gather of all rows in, expert by expert, and one out: a dozen small ones would cost more than the
+    # arithmetic of a decode step with few tokens.
+    pad = hidden_TD.device.type == "cpu" and hidden_TD.dtype in (torch.bfloat16, torch.float16)
+    token_of_row: list[int] = []
+    row_of_position = [0] * (num_tokens * top_k)
+    begin_of: dict[int, int] = {}
+    for expert, positions in positions_of.items():
+        begin = begin_of[expert] = len(token_of_row)
+        for row, position in enumerate(positions, begin):
+            row_of_position[position] = row
+            token_of_row.append(position // top_k)
+        if pad:
+            token_of_row += [token_of_row[begin]] * (padded_rows(len(positions)) - len(positions))
+    in_order = num_tokens == 1 and len(positions_of) == top_k  # row k is position k: nothing to gather
+    rows_RD = hidden_TD.expand(top_k, -1) if in_order else hidden_TD[_index(token_of_row, hidden_TD)]
+    out_RD = hidden_TD.new_empty(rows_RD.shape)
+    for expert, weights in attachment.cache.open_layer(attachment.layer, list(positions_of)):
+        begin = begin_of[expert]
+        end = begin + (padded_rows(len(positions_of[expert])) if pad else len(positions_of[expert]))
+        out_RD[begin:end] = multiply(rows_RD[begin:end], weights)
+    out_SD = out_RD if in_order else out_RD[_index(row_of_position, hidden_TD)]
     weighted_SD = out_SD * weight_TK.reshape(-1, 1)
-    if nowhere is not None:
+    if dropped:
         # A dropped token's weight may be anything; zero times infinity would not be zero.
-        weighted_SD[order_S[nowhere[0] : nowhere[1]]] = 0
+        weighted_SD[dropped] = 0
     return weighted_SD.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_TD.dtype)
 
 
-def pad_rows(rows_ND: Tensor) -> Tensor:
-    """Zero rows added up to the next of four sizes per octave, for half-precision products on the CPU.
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device=like.device)
+
+
+def padded_rows(num_rows: int) -> int:
+    """The next of four sizes per octave, for half-precision products on the CPU.
 
     oneDNN compiles a kernel for each number of rows it meets and keeps it: 0.66 MiB and some milliseconds
     each (AMX, torch 2.13, 2026-11). Routing meets every number up to T; 256 of them on two projections
     took 338 MiB outside the budget. Padding adds 8 % to the arithmetic on average and nothing to the reading.
     """
-    num_rows = rows_ND.shape[0]
-    if rows_ND.device.type != "cpu" or rows_ND.dtype not in (torch.bfloat16, torch.float16):
-        return rows_ND
-    step = max(1, 1 << max(0, (num_rows - 1).bit_length() - 3))
-    padded = -(-num_rows // step) * step if num_rows > 8 else 1 << (num_rows - 1).bit_length()
-    return F.pad(rows_ND, (0, 0, 0, padded - num_rows)) if padded > num_rows else rows_ND
+    if num_rows <= 8:
+        return 1 << (num_rows - 1).bit_length()
+    step = 1 << ((num_rows - 1).bit_length() - 3)
+    return -(-num_rows // step) * step
 
 
 def expertflow_experts(

@@ -91,9 +91,13 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    head_dim = (
+        getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    )
     if getattr(config, "kv_lora_rank", None):  # latent attention: transformers caches the expanded heads
-        key = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+        key = (getattr(config, "qk_nope_head_dim", None) or 0) + (
+            getattr(config, "qk_rope_head_dim", None) or 0
+        )
         return config.num_hidden_layers * heads * (key + (config.v_head_dim or key)) * model.dtype.itemsize
     return 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
 
@@ -138,7 +142,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 def _scratch_bytes_per_token(model: PreTrainedModel) -> int:
     """Activations alive at once while one layer computes, counted generously: eight hidden states, the
-    widest projection four times, and two [K, D] buffers of expert outputs."""
+    widest projection four times, and the [K, D] rows of experts five times (in, out, sorted back, and twice
+    as wide when the routing weights are float32)."""
     config = model.config.get_text_config(decoder=True)
     hidden = config.hidden_size
     head = model.get_output_embeddings()
@@ -146,12 +151,18 @@ def _scratch_bytes_per_token(model: PreTrainedModel) -> int:
     top_k = next(
         (
             value
-            for name in ("num_experts_per_tok", "moe_top_k", "top_k_experts", "num_experts_per_token", "moe_topk")
+            for name in (
+                "num_experts_per_tok",
+                "moe_top_k",
+                "top_k_experts",
+                "num_experts_per_token",
+                "moe_topk",
+            )
             if isinstance(value := getattr(config, name, None), int)
         ),
         2,
     )
-    per_token = 8 * hidden + 4 * max(widths, default=hidden) + 2 * top_k * hidden
+    per_token = 8 * hidden + 4 * max(widths, default=hidden) + 5 * top_k * hidden
     if config._attn_implementation == "eager":
         heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", 1)
         return per_token * model.dtype.itemsize + 3 * heads * _EAGER_SPAN * 4

@@ -1,0 +1,109 @@
+"""What one MoE layer costs over its bare matrix products, everything resident.
+
+    python -m benchmarks.layer_overhead [--quick]
+
+The bare products multiply the same rows with the same views, in the same order, and do nothing else: no
+grouping, no cache, no activation, no sum. Both are timed in turn, call by call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from benchmarks.common import QwenShape, console, other_load, report, write_qwen_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, 8 small experts")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("out"), help="where the checkpoint is written (kept)"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    from transformers import AutoModelForCausalLM
+
+    from expertflow.models.attach import ExpertFlowConfig
+
+    shape = QwenShape(layers=1, experts=8 if options.quick else 60, vocabulary=1000)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    folder = write_qwen_checkpoint(options.folder / f"qwen-layer-{shape.experts}", shape)
+    load = other_load()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=ExpertFlowConfig(cache_size=shape.experts, context=64)
+    )
+    experts = model.model.layers[0].mlp.experts
+    repetitions = 30 if options.quick else 200
+    table = Table(title=f"one MoE layer, {shape.experts} experts of 17.3 MB, top-{shape.top_k}, all resident")
+    for column in ("tokens", "ours", "bare products", "overhead"):
+        table.add_column(column, justify="right")
+    metrics, targets = {}, {}
+    for tokens in (1, 8, 32):
+        generator = torch.Generator().manual_seed(tokens)
+        hidden = torch.randn(tokens, shape.hidden, generator=generator).bfloat16()
+        routes = torch.rand(tokens, shape.experts, generator=generator).topk(shape.top_k).indices
+        weights = torch.softmax(torch.randn(tokens, shape.top_k, generator=generator), -1).bfloat16()
+
+        def ours(hidden=hidden, routes=routes, weights=weights) -> None:  # noqa: ANN001
+            with torch.no_grad():
+                experts(hidden, routes, weights)
+
+        ours()  # loads what is missing
+        cache = model.expertflow.cache
+        work = []
+        for expert in routes.unique().tolist():
+            rows = hidden[(routes == expert).any(-1)]
+            for _, views in cache.open_layer(0, [expert]):
+                gate_up, down = views["gate_up_proj"], views["down_proj"][0]
+            work.append((rows, gate_up, torch.randn(rows.shape[0], shape.expert_inner).bfloat16(), down))
+
+        def bare(work=work) -> None:  # noqa: ANN001
+            for rows, gate_up, inner, down in work:
+                for part in gate_up:
+                    F.linear(rows, part)
+                F.linear(inner, down)
+
+        ours_s, bare_s = in_turn(ours, bare, repetitions)
+        overhead = ours_s - bare_s
+        metrics[f"tokens_{tokens}"] = {"ours_s": ours_s, "bare_s": bare_s, "overhead_s": overhead}
+        targets[f"overhead_s_tokens_{tokens}"] = {"asked": 0.3e-3, "got": overhead, "met": overhead < 0.3e-3}
+        table.add_row(
+            str(tokens), f"{ours_s * 1e3:.2f} ms", f"{bare_s * 1e3:.2f} ms", f"{overhead * 1e3:+.2f} ms"
+        )
+    console.print(table)
+    report(
+        "layer_overhead",
+        {**metrics, "load_before": load},
+        {"bare_is_the_bound": True},
+        targets,
+        0,
+        options.json,
+    )
+    model.expertflow.close()
+
+
+def in_turn(first: Callable[[], None], second: Callable[[], None], repetitions: int) -> tuple[float, float]:
+    """Median seconds of each, called alternately so that both see the same machine."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repetitions):
+        for function, taken in zip((first, second), seconds, strict=True):
+            began = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - began)
+    return tuple(sorted(taken)[len(taken) // 2] for taken in seconds)  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    main()
