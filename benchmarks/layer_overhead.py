@@ -56,7 +56,7 @@ def main() -> None:
         routes = torch.rand(tokens, shape.experts, generator=generator).topk(shape.top_k).indices
         weights = torch.softmax(torch.randn(tokens, shape.top_k, generator=generator), -1).bfloat16()
 
-        def ours(hidden=hidden, routes=routes, weights=weights) -> None:  # noqa: ANN001
+        def ours(hidden=hidden, routes=routes, weights=weights) -> None:
             with torch.no_grad():
                 experts(hidden, routes, weights)
 
@@ -69,7 +69,7 @@ def main() -> None:
                 gate_up, down = views["gate_up_proj"], views["down_proj"][0]
             work.append((rows, gate_up, torch.randn(rows.shape[0], shape.expert_inner).bfloat16(), down))
 
-        def bare(work=work) -> None:  # noqa: ANN001
+        def bare(work=work) -> None:
             for rows, gate_up, inner, down in work:
                 for part in gate_up:
                     F.linear(rows, part)
