@@ -204,6 +204,7 @@ def replayed_actions(cache: ExpertCache, policy: str) -> tuple[list[Action], lis
     for kind, *told in cache.events:
         if kind == "action":
             done.append(told[0])
+            assert len(done) <= len(decided), f"{told[0]} was carried out before it was decided"
         elif kind == "open_layer":
             decided += plan.open_layer(*told).actions
         else:
