@@ -220,12 +220,13 @@ def run(
     text = _read_prompt(prompt, file, chat)
     with _load(model, revision, settings) as llm:
         params = _sampling_params(llm, sampling)
+        length_given = "max_tokens" in sampling
         try:
             if chat:
-                _converse(llm, params, text, system)
+                _converse(llm, params, text, system, length_given)
             else:
                 assert text is not None, "without --chat there is a prompt"
-                _write(llm, text, params, "max_tokens" in sampling)
+                _write(llm, text, params, length_given)
         finally:
             _report(llm, stats, stats_json, heatmap)
 
@@ -306,7 +307,9 @@ def _write(llm: LLM, prompt: str | list[int], params: SamplingParams, length_giv
     return "".join(pieces)
 
 
-def _converse(llm: LLM, params: SamplingParams, first: str | None, system: str | None) -> None:
+def _converse(
+    llm: LLM, params: SamplingParams, first: str | None, system: str | None, length_given: bool
+) -> None:
     """Turns until end of input. On a terminal Ctrl-C stops an answer, and leaves at the prompt."""
     start = [{"role": "system", "content": system}] if system is not None else []
     llm.encode_chat([*start, {"role": "user", "content": ""}])  # no template is an error before any waiting
@@ -325,7 +328,7 @@ def _converse(llm: LLM, params: SamplingParams, first: str | None, system: str |
             continue
         messages.append({"role": "user", "content": turn})
         try:
-            answer = _write(llm, llm.encode_chat(messages), params, False)
+            answer = _write(llm, llm.encode_chat(messages), params, length_given)
         except KeyboardInterrupt:
             if not interactive:
                 raise
