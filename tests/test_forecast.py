@@ -257,11 +257,12 @@ def test_settings_have_an_effect(folder: Path, setting: dict[str, Any]) -> None:
     assert plan(folder, **{"cache_size": 4.0, **setting}).expected != plan(folder, cache_size=4.0).expected
 
 
-def test_experts_in_ram_count(folder: Path) -> None:
+def test_experts_in_ram_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast_module.budget, "process_bytes", lambda: 1000)
     on_disk, in_ram = (
         plan(folder, cache_size=2, store=store).memory.process_bytes for store in ("disk", "ram")
     )
-    assert in_ram - on_disk >= 16 * 3 * 24 * 32 * 4 - 2**20  # the process itself may shrink a little between
+    assert (on_disk, in_ram) == (1000, 1000 + 16 * 3 * 24 * 32 * 4)
 
 
 # --- what users get wrong
