@@ -223,14 +223,9 @@ def prompt_tokens(settings: Settings) -> int:
 
 
 def prompt_hit_ratio(num_slots: int, num_layers: int, needed: float) -> float:
-    """What per-layer LRU reaches on prompt chunks that need `needed` experts of every layer, the steady state.
-
-    The layer at work borrows slots up to its need and lends them to the next one. So one layer holds all it
-    needs, and each of the others, when its turn comes, finds an equal part of the remaining slots.
-    """
-    if num_layers == 1:
-        return min(1.0, num_slots / needed)
-    return max(0.0, min(1.0, (num_slots - needed) / ((num_layers - 1) * needed)))
+    """What per-layer LRU reaches on prompt chunks that need `needed` experts of every layer, the steady state:
+    each layer finds its share of the slots, since no layer takes another's while it has its own in use."""
+    return min(1.0, num_slots / num_layers / needed)
 
 
 def typical_hit_ratio(resident_share: float) -> float:

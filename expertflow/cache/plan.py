@@ -167,7 +167,10 @@ class CachePlan:
             return []  # the answer comes back here, and may be a free slot: evict nobody before
         actions: list[Action] = []
         while self._demands:
-            load = self._find_room(self._demands[0], self.table.evictable, urgent=True)
+            evictable = self.table.evictable
+            if self.table.is_full and self.policy.prefers_waiting(evictable, self._demands[0]):
+                return actions
+            load = self._find_room(self._demands[0], evictable, urgent=True)
             if load is None:
                 return actions + self._cancel_for_demands()
             self._demands.popleft()

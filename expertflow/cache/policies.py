@@ -38,6 +38,11 @@ class Policy:
         """
         raise NotImplementedError
 
+    def prefers_waiting(self, offered: Container[ExpertId], wanted: ExpertId) -> bool:
+        """Whether the open layer should rather wait until it is done with an expert of its own than have
+        another layer's evicted for `wanted`. True only if the layer holds experts that will come free."""
+        return False
+
 
 class LayerLRU(Policy):
     """Least recently used within each layer's share of the slots (Cache-MoE's rule, paper 4.2.1).
@@ -69,6 +74,13 @@ class LayerLRU(Policy):
                 if expert in offered:
                     return expert
         return None
+
+    def prefers_waiting(self, offered: Container[ExpertId], wanted: ExpertId) -> bool:
+        # A layer that needs more than its share (a prompt, a large batch) would take every slot of the
+        # others while its own are in use, each layer in turn, and none would find anything. Two of its own
+        # are enough to load one while another computes.
+        own = self._order[wanted.layer]
+        return len(own) >= max(2, self.share[wanted.layer]) and not any(expert in offered for expert in own)
 
     def _layers_to_shrink(self, wanted_layer: int) -> Iterator[int]:
         own_share_is_full = len(self._order[wanted_layer]) >= max(1, self.share[wanted_layer])

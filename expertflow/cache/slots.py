@@ -44,6 +44,10 @@ class SlotTable:
         """Ready and not pinned. A live view: do not keep it over a change."""
         return self._evictable
 
+    @property
+    def is_full(self) -> bool:
+        return not self._free
+
     def take_free(self) -> int | None:
         """A slot that holds nothing, or None. The caller must begin_load into it."""
         return self._free.pop() if self._free else None

@@ -162,7 +162,17 @@ class PlanMachine(RuleBasedStateMachine):
     @invariant()
     def a_demand_waits_only_when_it_must(self) -> None:
         if self.waiting - set(self.slots.values()):
-            assert len(self.slots) == self.plan.table.num_slots, "a demand waits beside a free slot"
+            num_slots = self.plan.table.num_slots
+            assert len(self.slots) == num_slots, "a demand waits beside a free slot"
+            own = {expert for expert in self.slots.values() if expert.layer == self.layer}
+            shares = [0] * SHAPE.num_layers
+            for slot in range(num_slots):  # slot s is of the layer whose part of the line ends after s
+                shares[next(n for n in range(len(shares)) if (n + 1) * num_slots // len(shares) > slot)] += 1
+            if len(own) >= max(2, shares[self.layer]):
+                # It keeps to its share, where something is in use or on its way and will come free.
+                assert own - (self.ready - self.waiting), "a layer waits for itself and holds nothing in use"
+                assert not own & (self.ready - self.waiting), "a demand waits beside its layer's unused expert"
+                return
             assert self.ready <= self.waiting, "a demand waits beside an expert nobody needs"
             assert all(self.prefetches.values()), "a demand waits for a prefetch that could be dropped"
 

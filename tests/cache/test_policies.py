@@ -181,3 +181,12 @@ def test_a_cyclic_scan_does_not_defeat_lru_with_room_for_each_layer():
     one_pass = [(layer, [0, 1]) for layer in range(6)]
     counts = hits_and_misses("lru", shape, 12, one_pass * 3)
     assert counts == [(0, 2)] * 6 + [(2, 0)] * 12
+
+
+def test_a_layer_that_needs_more_than_its_share_leaves_the_others_theirs():
+    """It used to take other layers' slots while its own were in use, so in a prompt or a large batch each
+    layer found the cache emptied by the one before: 0.09 hits instead of 0.17 with 60 experts, a sixth of
+    them resident, batch 16."""
+    one_pass = [(layer, [0, 1, 2, 3]) for layer in range(3)]
+    counts = hits_and_misses("lru", MoEShape((6,) * 3), 6, one_pass * 3)
+    assert counts == [(0, 4)] * 3 + [(2, 2)] * 6
