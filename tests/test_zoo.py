@@ -1,0 +1,382 @@
+"""The training recipe, at widths where a model learns in a second: fast paths equal slow ones, every
+architecture learns, a stopped run continues as if it had not stopped, and what is saved is what is published."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from zoo import make_sample
+from zoo import report as zoo_report
+from zoo import train as zoo_train
+from zoo.architectures import ARCHITECTURES, build_model
+from zoo.corpus import PARTS, PERMISSIVE, Document, Mixture, Pairs, Rows, build_tokenizer, read_part
+from zoo.experts import _gated_experts, switch_experts_forward
+from zoo.loss import linear_cross_entropy
+from zoo.optimizer import orthogonalize
+from zoo.train import Recipe, rate_scale
+
+SMALL = [
+    "--vocab",
+    "300",
+    "--hidden",
+    "32",
+    "--expert-inner",
+    "16",
+    "--context",
+    "32",
+    "--batch",
+    "4",
+    "--layers",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("corpus")
+    words = "the ship sails over a calm sea while we count seven white birds above it".split()  # noqa: SIM905
+    rng = np.random.default_rng(0)
+
+    def sentence(n: int) -> str:
+        return " ".join(words[i] for i in rng.integers(len(words), size=n)) + "."
+
+    def write(part: str, rows: list[dict[str, str]]) -> None:
+        with lzma.open(directory / f"{part}.jsonl.xz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    text = [
+        {"text": sentence(60), "source": "sotu", "split": "valid" if i % 8 == 0 else "train"}
+        for i in range(40)
+    ]
+    write("pretrain", [*text, {"text": "secret " * 50, "source": "anarchism", "split": "train"}])
+    for part in ("chat", "translation", "math", "summarization"):
+        write(
+            part,
+            [
+                {
+                    "prompt": sentence(6),
+                    "response": sentence(6),
+                    "source": "chitchat",
+                    "split": "test" if i % 8 == 0 else "train",
+                }
+                for i in range(24)
+            ],
+        )
+    return directory
+
+
+def run_main(*args: object) -> int:
+    return zoo_train.main([str(arg) for arg in args])
+
+
+def small_args(arch: str, corpus: Path, out: Path, tokens: int) -> list[object]:
+    return ["--arch", arch, "--corpus", corpus, "-o", out, "--tokens", tokens, "--log-steps", 4, *SMALL]
+
+
+def small_model(arch: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    recipe = Recipe(arch=arch, vocab=300, hidden=32, expert_inner=16, layers=2)
+    return build_model(ARCHITECTURES[arch], recipe.shape(300))
+
+
+# --- fast against slow -------------------------------------------------------------------------------------
+
+
+def slow_experts(x_ND, gate_up_EHD, down_EDI, experts_NK, weights_NK):
+    out_ND = torch.zeros_like(x_ND)
+    for choice in range(experts_NK.shape[1]):
+        gate, up = torch.einsum("nd,nhd->nh", x_ND, gate_up_EHD[experts_NK[:, choice]]).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * up * weights_NK[:, choice, None]
+        out_ND = out_ND + torch.einsum("ni,ndi->nd", inner, down_EDI[experts_NK[:, choice]])
+    return out_ND
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 150])
+def test_sorted_experts_equal_the_slow_ones_and_so_do_their_gradients(num_tokens):
+    generator = torch.Generator().manual_seed(num_tokens)
+    E, K, D, inner = 6, 2, 16, 8  # expert 5 is never chosen: its gradient must be zero, not left over
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    inputs = [draw(num_tokens, D), draw(E, 2 * inner, D), draw(E, D, inner)]
+    experts_NK = torch.rand(num_tokens, E - 1, generator=generator).topk(K).indices
+    weights_NK = torch.rand(num_tokens, K, generator=generator).requires_grad_()
+    wanted_ND = torch.randn(num_tokens, D, generator=generator)
+    fast = _gated_experts(*inputs, experts_NK, weights_NK)
+    slow = slow_experts(*inputs, experts_NK, weights_NK)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, [*inputs, weights_NK], wanted_ND),
+        torch.autograd.grad(slow, [*inputs, weights_NK], wanted_ND),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_switch_experts_equal_transformers_own_and_give_zero_to_dropped_tokens():
+    model = small_model("switch-32").float()
+    experts = next(m for m in model.modules() if type(m).__name__ == "SwitchTransformersExperts")
+    x_ND = torch.randn(90, 32)
+    mask_N1E = torch.nn.functional.one_hot(torch.randint(0, 32, (90, 1)), 32)
+    mask_N1E[::9] = 0
+    weights_N1 = torch.rand(90, 1)
+    slow = type(experts).forward(experts, x_ND, mask_N1E, weights_N1)
+    fast = switch_experts_forward(experts, x_ND, mask_N1E, weights_N1)
+    torch.testing.assert_close(fast, slow)
+    assert (fast[::9] == 0).all()
+
+
+def test_linear_cross_entropy_equals_torch_and_skips_negative_targets(monkeypatch):
+    monkeypatch.setattr("zoo.loss.CHUNK_ROWS", 16)  # 50 rows: three chunks and a rest
+    hidden_ND, weight_VD = torch.randn(50, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
+    target_N = torch.randint(-1, 30, (50,))
+    slow = torch.nn.functional.cross_entropy(hidden_ND @ weight_VD.t(), target_N, ignore_index=-1)
+    fast = linear_cross_entropy(hidden_ND, weight_VD, target_N)
+    torch.testing.assert_close(fast, slow)
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, (hidden_ND, weight_VD)),
+        torch.autograd.grad(slow, (hidden_ND, weight_VD)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8)])
+def test_orthogonalize_brings_singular_values_near_one(shape):
+    singular = torch.linalg.svdvals(orthogonalize(torch.randn(*shape)).float())
+    assert singular.min() > 0.5
+    assert singular.max() < 1.4
+
+
+# --- the corpus --------------------------------------------------------------------------------------------
+
+
+def test_only_permissive_sources_and_the_right_split_are_read(corpus):
+    train, held_out = list(read_part(corpus, "pretrain", False)), list(read_part(corpus, "pretrain", True))
+    assert (len(train), len(held_out)) == (35, 5)
+    assert {document.source for document in train + held_out} <= PERMISSIVE
+    assert not any("secret" in document.text for document in train)
+
+
+def test_the_chat_template_is_what_training_saw():
+    documents = [
+        Document("chitchat", "Where is it?", "It is 12 miles away."),
+        Document("sotu", None, "Fellow citizens"),
+    ]
+    tokenizer = build_tokenizer(documents, 300)
+    messages = [
+        {"role": "user", "content": "Where is it?"},
+        {"role": "assistant", "content": "It is 12 miles away."},
+    ]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == documents[0].render()
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert documents[0].render().startswith(prompt)
+    ids = tokenizer.encode(documents[0].render(), add_special_tokens=False)
+    assert (ids[0], ids.count(2), ids[-1]) == (1, 1, 0)  # USER ... ASSISTANT ... END
+    assert tokenizer.decode(ids) == documents[0].render()
+
+
+def test_the_mixture_holds_its_shares_and_repeats_nothing_within_a_pass():
+    mixture = Mixture(
+        {"pretrain": 900, "chat": 50, "empty": 0}, {"pretrain": 0.9, "chat": 0.1, "empty": 0.5}, seed=3
+    )
+    drawn = [mixture(row) for row in range(990)]
+    assert abs(sum(part == "chat" for part, _ in drawn) - 99) <= 2
+    pretrain = [index for part, index in drawn if part == "pretrain"]
+    assert len(set(pretrain)) == len(pretrain) <= 900
+    # Asked in another order, and by another instance, the answers are the same: a resumed run needs that.
+    other = Mixture(
+        {"pretrain": 900, "chat": 50, "empty": 0}, {"pretrain": 0.9, "chat": 0.1, "empty": 0.5}, seed=3
+    )
+    assert [other(row) for row in reversed(range(990))] == drawn[::-1]
+
+
+def test_rows_overlap_by_one_token_so_that_each_is_a_target_once():
+    rows = Rows({"chat": np.arange(41)}, {"chat": 1.0}, T=8, seed=0)
+    batch = rows.batch(0, 5)
+    assert sorted(batch[:, 1:].flatten().tolist()) == list(range(1, 41))
+    assert (batch[:, 1:] == batch[:, :-1] + 1).all()
+
+
+def test_pairs_are_split_at_the_marks_and_padded():
+    stream = np.array([1, 10, 11, 2, 12, 0, 1, 13, 2, 14, 15, 16, 0])
+    batch = Pairs({"chat": stream}, {"chat": 1.0}, T=3, seed=0).batch(0, 2)
+    rows = sorted(
+        zip(batch.input_BT.tolist(), batch.input_mask_BT.tolist(), batch.labels_BT.tolist(), strict=True)
+    )
+    assert rows == [([10, 11, 0], [1, 1, 1], [12, 0, -1]), ([13, 0, 3], [1, 1, 0], [14, 15, 16])]
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+def test_the_rate_warms_up_stays_and_reaches_zero_exactly_at_the_end():
+    recipe = Recipe(tokens=1000, warmup_tokens=1e9, decay_share=0.25)
+    scales = [rate_scale(tokens, recipe) for tokens in range(1001)]
+    assert scales[0] < 0.02
+    assert scales[100:750] == [1.0] * 650
+    assert scales[1000] == 0
+    assert scales[750:] == sorted(scales[750:], reverse=True)
+    longer = replace(recipe, tokens=2000)
+    assert all(
+        rate_scale(tokens, longer) == 1 for tokens in range(200, 1500)
+    )  # more --tokens: still on the plateau
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_learns_and_loads_back(arch, corpus, tmp_path):
+    assert run_main(*small_args(arch, corpus, tmp_path, 2048)) == 0
+    history = [
+        json.loads(line) for line in (tmp_path / "training" / "history.jsonl").read_text().splitlines()
+    ]
+    assert history[-1]["loss"] < history[0]["loss"] - 0.5
+    auto = AutoModelForSeq2SeqLM if arch.startswith("switch") else AutoModelForCausalLM
+    _, report = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+def test_the_exported_model_computes_what_was_trained(corpus, tmp_path):
+    assert run_main(*small_args("tiny", corpus, tmp_path, 2048)) == 0
+    run = zoo_train.Run(
+        zoo_train.parse([str(a) for a in small_args("tiny", corpus, tmp_path, 2048)])[0], tmp_path
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    ids_BT = torch.randint(4, 300, (2, 20))
+    with torch.no_grad():
+        trained, published = run.model.float()(ids_BT).logits, loaded.float()(ids_BT).logits
+    torch.testing.assert_close(trained, published, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_saved_under_the_published_names(corpus, tmp_path):
+    assert run_main(*small_args("tiny", corpus, tmp_path, 128)) == 0
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert file.get_slice("model.layers.0.mlp.experts.3.gate_proj.weight").get_shape() == [16, 32]
+    experts = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
+        for layer in range(2)
+        for expert in range(32)
+        for projection in ("gate", "up", "down")
+    }
+    assert {name for name in names if ".experts." in name} == experts
+
+
+def test_a_stopped_run_continues_as_if_it_had_not_stopped(corpus, tmp_path, monkeypatch):
+    """One run of 8 steps, and one stopped by a signal after 3 and resumed, must agree bit for bit: weights,
+    momenta, order of text and rate are all that there is. Leaving out any of them changes the last loss."""
+    args = small_args("tiny", corpus, tmp_path / "whole", 8 * 128)
+    assert run_main(*args) == 0
+    args[args.index("-o") + 1] = tmp_path / "parts"
+    steps = 0
+    advance = zoo_train.Run.advance
+
+    def interrupt_after_three(self, routers):
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            zoo_train.signal.raise_signal(zoo_train.signal.SIGINT)
+        return advance(self, routers)
+
+    monkeypatch.setattr(zoo_train.Run, "advance", interrupt_after_three)
+    assert run_main(*args) == 130
+    assert run_main(*args) == 0
+    assert steps == 8
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+# --- what a user can get wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--arch", "gpt"], "--arch gpt is unknown; use one of tiny"),
+        (["--tokens", "0"], "--tokens 0.0 must be at least 1"),
+        (["--top-k", "40"], "--top-k 40 must lie in 1..32"),
+        (["--hidden", "30"], "--hidden 30 must be a multiple of 8"),
+        (["--context", "100000"], "no part of the corpus has a row of 100000 tokens"),
+        (["--corpus", "nowhere"], "nowhere has no pretrain.jsonl.xz, chat.jsonl.xz"),
+    ],
+)
+def test_mistakes_are_explained(args, message, corpus, tmp_path, capsys):
+    assert run_main("--corpus", corpus, "-o", tmp_path, "--vocab", 300, *args) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_another_recipe_in_the_same_directory_is_refused(corpus, tmp_path, capsys):
+    assert run_main(*small_args("tiny", corpus, tmp_path, 128)) == 0
+    assert run_main(*small_args("tiny", corpus, tmp_path, 128)) == 1
+    assert "already trained on 128 tokens" in capsys.readouterr().err
+    assert run_main(*small_args("mixtral-8", corpus, tmp_path, 256)) == 1
+    assert "was it another --arch?" in capsys.readouterr().err
+    assert run_main(*small_args("tiny", corpus, tmp_path, 256), "--seed", 7) == 1
+    assert "give the same --corpus, --vocab and --seed" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_checkpoint(
+    corpus, tmp_path, capsys, monkeypatch
+):
+    assert run_main(*small_args("tiny", corpus, tmp_path, 128)) == 0
+    before = (tmp_path / "training" / "state.safetensors").read_bytes()
+    monkeypatch.setattr("zoo.evaluate.linear_cross_entropy", lambda h, w, t: h.sum().float() * float("nan"))
+    assert run_main(*small_args("tiny", corpus, tmp_path, 512)) == 1
+    assert "the loss is nan after 128 tokens" in capsys.readouterr().err
+    assert (tmp_path / "training" / "state.safetensors").read_bytes() == before
+
+
+def test_list_describes_every_architecture(capsys):
+    assert run_main("--list") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ARCHITECTURES)
+
+
+# --- what ships --------------------------------------------------------------------------------------------
+
+
+def test_the_sample_is_whole_permissive_and_small():
+    assert sum(file.stat().st_size for file in zoo_train.SAMPLE.glob("*.xz")) < 4e6
+    for part in PARTS:
+        with lzma.open(zoo_train.SAMPLE / f"{part}.jsonl.xz", "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        assert {row["source"] for row in rows} <= PERMISSIVE
+        assert {row["split"] == "train" for row in rows} == {True, False}
+
+
+def test_make_sample_keeps_every_permissive_source_and_no_other(corpus, tmp_path):
+    lines = make_sample.choose(corpus / "pretrain.jsonl.xz", 0.002, np.random.default_rng(0))
+    rows = [json.loads(line) for line in lines]
+    assert {(row["source"], row["split"]) for row in rows} == {("sotu", "train"), ("sotu", "valid")}
+    assert len(rows) < 10
+
+
+def test_the_card_is_made_from_what_was_measured(corpus, tmp_path, capsys):
+    assert run_main(*small_args("tiny", corpus, tmp_path / "run", 512)) == 0
+    assert zoo_report.main([str(tmp_path / "run"), "-o", str(tmp_path / "card"), "--rows", "1"]) == 0
+    card = (tmp_path / "card" / "README.md").read_text()
+    measured = json.loads((tmp_path / "card" / "training.json").read_text())
+    assert f"**{measured['held_out']['bits_per_byte']:.3f}**" in card
+    assert measured["tokens"] == 512
+    assert "512 in 4 steps" in card
+    assert "--corpus CORPUS --tokens 512.0 --batch 4" in card
+    assert str(corpus) not in card + json.dumps(measured)
+    # Shares of an even load: they average 1 in each layer, whatever was routed where.
+    assert np.allclose(np.mean(measured["relative_load"]["pretrain"], axis=1), 1)
+    assert (tmp_path / "card" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "card")
+
+
+def test_a_directory_without_a_run_is_explained(tmp_path, capsys):
+    assert zoo_report.main([str(tmp_path)]) == 1
+    assert "holds no finished run of zoo.train" in capsys.readouterr().err
