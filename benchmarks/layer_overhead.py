@@ -12,10 +12,12 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.common import QwenShape, console, other_load, report, write_qwen_checkpoint
 
@@ -44,7 +46,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=ExpertFlowConfig(cache_size=shape.experts, context=64)
     )
-    experts = model.model.layers[0].mlp.experts
+    experts: Any = model.model.layers[0].mlp.experts
+    loaded: Any = model.expertflow
     repetitions = 30 if options.quick else 200
     table = Table(title=f"one MoE layer, {shape.experts} experts of 17.3 MB, top-{shape.top_k}, all resident")
     for column in ("tokens", "ours", "bare products", "overhead"):
@@ -56,20 +59,19 @@ def main() -> None:
         routes = torch.rand(tokens, shape.experts, generator=generator).topk(shape.top_k).indices
         weights = torch.softmax(torch.randn(tokens, shape.top_k, generator=generator), -1).bfloat16()
 
-        def ours(hidden=hidden, routes=routes, weights=weights) -> None:
+        def ours(hidden: Tensor = hidden, routes: Tensor = routes, weights: Tensor = weights) -> None:
             with torch.no_grad():
                 experts(hidden, routes, weights)
 
         ours()  # loads what is missing
-        cache = model.expertflow.cache
         work = []
         for expert in routes.unique().tolist():
             rows = hidden[(routes == expert).any(-1)]
-            for _, views in cache.open_layer(0, [expert]):
+            for _, views in loaded.cache.open_layer(0, [expert]):
                 gate_up, down = views["gate_up_proj"], views["down_proj"][0]
             work.append((rows, gate_up, torch.randn(rows.shape[0], shape.expert_inner).bfloat16(), down))
 
-        def bare(work=work) -> None:
+        def bare(work: list = work) -> None:
             for rows, gate_up, inner, down in work:
                 for part in gate_up:
                     F.linear(rows, part)
@@ -91,7 +93,7 @@ def main() -> None:
         0,
         options.json,
     )
-    model.expertflow.close()
+    loaded.close()
 
 
 def in_turn(first: Callable[[], None], second: Callable[[], None], repetitions: int) -> tuple[float, float]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from expertflow.config import ExpertFlowConfig
     from expertflow.engine.llm import LLM
     from expertflow.engine.sampling import SamplingParams
+    from expertflow.models.attach import ExpertFlowConfig
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "ExpertFlowConfig", "SamplingParams", "__version__"]

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ from expertflow.models.experts import Attachment, expertflow_experts
 from expertflow.models.footprint import honoured_prefill, measure_model
 from expertflow.models.spans import ExpertSpans, MoELayer, derive_expert_spans, find_moe_layers
 from expertflow.models.switch import OffloadedExperts
-from expertflow.store.checkpoint import Checkpoint, open_checkpoint
+from expertflow.store.checkpoint import Checkpoint, TensorSpan, open_checkpoint
 from expertflow.store.disk import DiskStore
 from expertflow.store.ram import RamStore
 
@@ -61,7 +61,7 @@ class ExpertFlowConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"ExpertFlowConfig has no setting {unknown[0]!r}; it has: {', '.join(Settings.names())}"
             )
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD  # transformers types it as its own enum, and takes any text
         self.settings = Settings(**settings)
         if self.settings.policy not in POLICIES:
             raise ValueError(
@@ -133,9 +133,13 @@ class ExpertFlowQuantizer(HfQuantizer):
         if self.settings.store == "ram":
             held += sum(part.nbytes for parts in spans.parts.values() for part in parts)
         self._plan = budget.plan_memory(
-            measure_model(model, moe_layers, bytes_per_slot, staging), self.settings, held, budget.free_bytes()
+            measure_model(model, moe_layers, bytes_per_slot, staging),
+            self.settings,
+            held,
+            budget.free_bytes(),
         )
         self._checkpoint, self._store, self._moe_layers, self._dtype = checkpoint, store, moe_layers, dtype
+        read_ahead([span for key, span in checkpoint.spans.items() if key not in spans.checkpoint_keys])
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -150,9 +154,10 @@ class ExpertFlowQuantizer(HfQuantizer):
             overlap=self.settings.overlap,
         )
         for layer in self._moe_layers:
-            model.get_submodule(layer.name).expertflow.cache = cache
+            experts: Any = model.get_submodule(layer.name)
+            experts.expertflow.cache = cache
         loaded = LoadedExperts(cache, self._plan, self._checkpoint, self.settings, self._moe_layers)
-        model.expertflow = loaded
+        model.expertflow = cast(Any, loaded)  # torch's stubs know attributes that are tensors or modules only
         weakref.finalize(model, LoadedExperts.close, loaded)
         guard = _ContextGuard(self.settings)
         model.register_forward_pre_hook(guard, with_kwargs=True)
@@ -194,10 +199,11 @@ def take_out_experts(model: PreTrainedModel, moe_layers: Sequence[MoELayer], spa
         attachment = Attachment(None, layer.layer, layer.num_experts, spans.stored_transposed)
         name = layer.name.removeprefix(f"{model.base_model_prefix}.")
         if layer.one_module_per_expert:
-            module: nn.Module = OffloadedExperts.replacing(layer.module)
+            module: Any = OffloadedExperts.replacing(layer.module)
             model.set_submodule(layer.name, module)
             # Its parent initialises experts by their names, which are gone; its router comes from the file.
-            model.get_submodule(layer.name.rpartition(".")[0])._is_hf_initialized = True
+            block: Any = model.get_submodule(layer.name.rpartition(".")[0])
+            block._is_hf_initialized = True
             ignored.add(rf"^{prefix}{re.escape(name)}\.expert_\d+\.")
         else:
             module = layer.module
@@ -210,6 +216,20 @@ def take_out_experts(model: PreTrainedModel, moe_layers: Sequence[MoELayer], spa
         module._is_hf_initialized = True
     # Exactly the experts' tensors are left in the file on purpose; anything else unexpected is reported.
     model._keys_to_ignore_on_load_unexpected = ignored
+
+
+def read_ahead(spans: Sequence[TensorSpan]) -> None:
+    """Ask the kernel for these tensors now, so that the disk works while the loader is still preparing.
+
+    The loader touches mapped pages one fault at a time, which reads at half the disk's speed.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in {span.path for span in spans}:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            for span in spans:
+                if span.path == path:
+                    os.posix_fadvise(file.fileno(), span.offset, span.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 @torch.no_grad()
@@ -255,7 +275,7 @@ class _ContextGuard:
         if inputs is None or inputs.dim() < 2:
             return
         cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
         sequences, tokens = inputs.shape[0], inputs.shape[1] + int(past)
         if sequences * tokens > self.limit:
             raise ValueError(

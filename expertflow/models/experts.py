@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from expertflow.cache.expert_cache import ExpertCache, Weights
 class Attachment:
     """What an experts module of a loaded model hangs on to: its cache and its number there."""
 
-    cache: ExpertCache
+    cache: ExpertCache | None  # None until the dense weights are loaded
     layer: int
     num_experts: int
     stored_transposed: frozenset[str] = frozenset()
@@ -39,6 +40,7 @@ def run_experts(
     summed over K: summing in order of arrival would make the last bits depend on what was cached.
     """
     num_tokens, top_k = index_TK.shape
+    assert attachment.cache is not None, "a forward pass before the weights were loaded"
     if num_tokens == 0:
         return hidden_TD.clone()
     positions_of: dict[int, list[int]] = {}  # of T*K, by expert
@@ -112,7 +114,7 @@ def expertflow_experts(
     return run_experts(attachment, hidden_states, top_k_index, top_k_weights, multiply)
 
 
-def _multiply(module: nn.Module, attachment: Attachment, rows_ND: Tensor, weights: Weights) -> Tensor:
+def _multiply(module: Any, attachment: Attachment, rows_ND: Tensor, weights: Weights) -> Tensor:
     first = "gate_up_proj" if module.has_gate else "up_proj"
     up = _project(module, attachment, rows_ND, weights, first)
     inner_NI = module._apply_gate(up) if module.has_gate else module.act_fn(up)
@@ -120,7 +122,7 @@ def _multiply(module: nn.Module, attachment: Attachment, rows_ND: Tensor, weight
     return module.post_expert_norm(out_ND) if module.has_post_expert_norm else out_ND
 
 
-def _project(module: nn.Module, attachment: Attachment, rows: Tensor, weights: Weights, role: str) -> Tensor:
+def _project(module: Any, attachment: Attachment, rows: Tensor, weights: Weights, role: str) -> Tensor:
     parts = weights[role]
     transposed = module.is_transposed != (role in attachment.stored_transposed)
     bias = weights[f"{role}_bias"][0] if module.has_bias else None

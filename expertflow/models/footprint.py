@@ -164,7 +164,7 @@ def _scratch_bytes_per_token(model: PreTrainedModel) -> int:
     )
     per_token = 8 * hidden + 4 * max(widths, default=hidden) + 5 * top_k * hidden
     if config._attn_implementation == "eager":
-        heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", 1)
+        heads: int = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 1
         return per_token * model.dtype.itemsize + 3 * heads * _EAGER_SPAN * 4
     return per_token * model.dtype.itemsize
 

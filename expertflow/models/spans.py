@@ -165,7 +165,9 @@ def _stack(
         if getattr(rest[0], "check_dims", False):
             stored = checkpoint.spans[by_pattern[patterns[0]][0]].shape
             if tuple(stored) == (count, *shape):  # already as the module wants it; transformers skips it too
-                return [[part] for part in _rows(checkpoint.spans[by_pattern[pattern][0]], role, (count, *shape))]
+                return [
+                    [part] for part in _rows(checkpoint.spans[by_pattern[pattern][0]], role, (count, *shape))
+                ]
         transposed.add(role)
         shape = (shape[1], shape[0])
     else:
