@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from zoo import make_sample
@@ -22,6 +23,7 @@ from zoo.corpus import PARTS, PERMISSIVE, Document, Mixture, Pairs, Rows, build_
 from zoo.experts import _gated_experts, switch_experts_forward
 from zoo.loss import linear_cross_entropy
 from zoo.optimizer import orthogonalize
+from zoo.routing import watch_routers
 from zoo.train import Recipe, rate_scale
 
 SMALL = [
@@ -294,6 +296,21 @@ def test_a_stopped_run_continues_as_if_it_had_not_stopped(corpus, tmp_path, monk
     assert steps == 8
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_all_layers_share_one_compilation_while_routers_are_watched():
+    """The hook once appended to a list. torch.compile guards on its length, so each layer and each later pass
+    compiled anew, until dynamo gave up and ran the rest uncompiled. The second pass cannot pass by luck: a list
+    that had grown would be a new guard."""
+    model = small_model("tiny")
+    compilations = CompileCounter()
+    for layer in model.model.layers:
+        layer.compile(dynamic=False, backend=compilations)
+    with watch_routers(model, top_k=4) as routers:
+        for _ in range(2):
+            model.model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
+            assert [tuple(logits.shape) for logits in routers.take()] == [(8, 32)] * 2
+    assert compilations.frame_count == 1
 
 
 # --- what a user can get wrong -----------------------------------------------------------------------------

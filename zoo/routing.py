@@ -19,34 +19,44 @@ _LOGITS_AT = {
 
 
 class RouterLog:
-    """Router logits of the forward passes since the last `take`, one entry per MoE layer and pass."""
+    """Router logits of the last forward pass, one entry per MoE layer."""
 
-    def __init__(self, top_k: int) -> None:
+    def __init__(self, routers: list[Any], top_k: int) -> None:
         self.top_k = top_k
-        self._logits: list[Tensor] = []
-
-    def hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._logits.append(output[_LOGITS_AT[type(module).__name__]])
+        self._routers = routers
 
     def take(self) -> list[Tensor]:
-        """Logits [N, E] per MoE layer in execution order; forgets them."""
-        taken = [logits.reshape(-1, logits.shape[-1]) for logits in self._logits]
-        self._logits.clear()
-        return taken
+        """Logits [N, E] per MoE layer in module order; forgets them. Empty before the first pass."""
+        taken = [router.zoo_logits for router in self._routers if router.zoo_logits is not None]
+        self.forget()
+        return [logits.reshape(-1, logits.shape[-1]) for logits in taken]
+
+    def forget(self) -> None:
+        for router in self._routers:
+            router.zoo_logits = None
+
+
+def _note(module: Any, args: Any, output: Any) -> None:
+    # On the module and not in a list: torch.compile guards on the length of a list that a hook appends to, and
+    # compiled every layer anew until it gave up.
+    module.zoo_logits = output[_LOGITS_AT[type(module).__name__]]
 
 
 @contextmanager
 def watch_routers(model: nn.Module, top_k: int) -> Iterator[RouterLog]:
     """Record the logits of every router of a known class while the context is open."""
-    log = RouterLog(top_k)
     routers = [module for module in model.modules() if type(module).__name__ in _LOGITS_AT]
     assert routers, f"{type(model).__name__} has no router class that zoo.routing knows"
-    hooks = [router.register_forward_hook(log.hook) for router in routers]
+    log = RouterLog(routers, top_k)
+    log.forget()
+    hooks = [router.register_forward_hook(_note) for router in routers]
     try:
         yield log
     finally:
         for hook in hooks:
             hook.remove()
+        for router in routers:
+            del router.zoo_logits
 
 
 def load_of(logits_NE: Tensor, top_k: int) -> Tensor:

@@ -266,7 +266,7 @@ def train(
                 entry = _entry(run, seen)
                 if run.progress.steps % recipe.eval_steps == 0 or run.progress.tokens >= recipe.tokens:
                     entry["held_out"] = run.evaluate(recipe.eval_rows)
-                    routers.take()
+                    routers.forget()
                 run.history.append(entry)
                 say(_line(entry, speed))
                 seen = []
