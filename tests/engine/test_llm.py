@@ -96,6 +96,14 @@ def test_repetition_penalty_is_that_of_transformers(
     assert expected != reference_greedy(where, PROMPTS, 12)
 
 
+def test_padding_is_not_seen_by_the_penalty(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's own padding token is never a candidate, so counting it would go unnoticed."""
+    params = SamplingParams(temperature=0, max_tokens=12, repetition_penalty=1.5)
+    (alone,) = llm.generate("x", params)
+    monkeypatch.setattr(LLM, "_pad_token", alone.outputs[0].token_ids[0])
+    assert llm.generate(["The quick brown fox", "x"], params)[1].outputs == alone.outputs
+
+
 @pytest.mark.parametrize("which", ["llm", "switch"])
 def test_a_seed_gives_the_same_text_alone_and_at_any_row(which: str, request: pytest.FixtureRequest) -> None:
     llm = request.getfixturevalue(which)
@@ -179,10 +187,17 @@ def test_a_stream_may_be_left_early(llm: LLM) -> None:
 
 
 def test_gradients_are_off_inside_and_untouched_outside(llm: LLM) -> None:
-    stream = llm.stream("Hello", GREEDY)
-    next(stream)
-    assert torch.is_grad_enabled()
-    stream.close()  # type: ignore[attr-defined]
+    inside: list[bool] = []
+    hook = llm.model.register_forward_hook(lambda *_: inside.append(torch.is_grad_enabled()))
+    try:
+        stream = llm.stream("Hello", GREEDY)
+        for _ in range(3):
+            next(stream)
+            assert torch.is_grad_enabled()
+        stream.close()  # type: ignore[attr-defined]
+    finally:
+        hook.remove()
+    assert inside == [False, False, False]
 
 
 def assert_at_rest(llm: LLM) -> None:
