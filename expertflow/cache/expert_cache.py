@@ -177,6 +177,10 @@ class ExpertCache:
             raise RuntimeError(
                 "the expert cache was interrupted in the middle of a change; load the model again"
             ) from self._broken
+        if self._loader.died_of is not None:
+            raise RuntimeError(
+                "the loader thread died; load the model again, and report this"
+            ) from self._loader.died_of
         if self._closed and not even_if_closed:
             raise RuntimeError("the expert cache is closed; load the model again to use it")
 

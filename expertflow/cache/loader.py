@@ -94,6 +94,7 @@ class Loader:
         self._urgent: OrderedDict[ExpertId, _Job] = OrderedDict()
         self._prefetch: OrderedDict[ExpertId, _Job] = OrderedDict()
         self._closed = False
+        self.died_of: BaseException | None = None  # set when a bug of ours ended the thread
         # Casting needs the bytes as stored beside the slot. Two, since a demand may overtake a prefetch.
         # No third load is ever begun: urgent ones are done one by one, and prefetches wait for all of them.
         buffers = 2 if memory.needs_cast else 0
@@ -139,6 +140,15 @@ class Loader:
             self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._perform_loads()
+        except BaseException as error:  # a bug of ours; without this a layer would wait for ever
+            with self.condition:
+                self.died_of = error
+                self.condition.notify_all()
+            raise
+
+    def _perform_loads(self) -> None:
         while True:
             with self.condition:
                 while self.idle and not self._closed:

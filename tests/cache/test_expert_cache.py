@@ -647,3 +647,12 @@ def test_experts_at_odd_offsets_are_copied_to_where_they_can_be_read(new_cache):
     for expert, weights in cache.open_layer(0, range(6)):
         for role in ("up", "down"):
             assert torch.equal(weights[role][0], aligned.weights(ExpertId(0, expert))[role][0])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_layer_hears_of_a_loader_that_died(new_cache, monkeypatch):
+    """A fault outside of the reads once ended the thread in silence, and the layer waited for ever."""
+    cache = new_cache(3)
+    monkeypatch.setattr(cache.store, "chunks", lambda expert: ())  # the thread finds no first chunk
+    with pytest.raises(RuntimeError, match="loader thread died"):
+        consume(cache, 0, [0])
