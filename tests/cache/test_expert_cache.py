@@ -652,7 +652,12 @@ def test_experts_at_odd_offsets_are_copied_to_where_they_can_be_read(new_cache):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_layer_hears_of_a_loader_that_died(new_cache, monkeypatch):
     """A fault outside of the reads once ended the thread in silence, and the layer waited for ever."""
+
+    class Unreadable(tuple):
+        def __getitem__(self, index):
+            raise KeyError("a bug")
+
     cache = new_cache(3)
-    monkeypatch.setattr(cache.store, "chunks", lambda expert: ())  # the thread finds no first chunk
+    monkeypatch.setattr(cache.store, "chunks", lambda expert: Unreadable([None]))
     with pytest.raises(RuntimeError, match="loader thread died"):
         consume(cache, 0, [0])

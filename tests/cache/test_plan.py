@@ -171,7 +171,9 @@ class PlanMachine(RuleBasedStateMachine):
             if len(own) >= max(2, shares[self.layer]):
                 # It keeps to its share, where something is in use or on its way and will come free.
                 assert own - (self.ready - self.waiting), "a layer waits for itself and holds nothing in use"
-                assert not own & (self.ready - self.waiting), "a demand waits beside its layer's unused expert"
+                assert not own & (self.ready - self.waiting), (
+                    "a demand waits beside its layer's unused expert"
+                )
                 return
             assert self.ready <= self.waiting, "a demand waits beside an expert nobody needs"
             assert all(self.prefetches.values()), "a demand waits for a prefetch that could be dropped"
