@@ -386,7 +386,7 @@ def test_the_card_is_made_from_what_was_measured(corpus, tmp_path, capsys):
     assert f"**{measured['held_out']['bits_per_byte']:.3f}**" in card
     assert measured["tokens"] == 512
     assert "512 in 4 steps" in card
-    assert "--corpus CORPUS --tokens 512.0 --batch 4" in card
+    assert "--corpus CORPUS --tokens 512 --batch 4" in card
     assert str(corpus) not in card + json.dumps(measured)
     # Shares of an even load: they average 1 in each layer, whatever was routed where.
     assert np.allclose(np.mean(measured["relative_load"]["pretrain"], axis=1), 1)

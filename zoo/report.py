@@ -139,6 +139,7 @@ def card(result: dict[str, Any], path: Path) -> str:
     samples = "\n\n".join(f"*{name}*\n\n```text\n{text}\n```" for name, text in result["samples"].items())
     limit = f"; at most {result['rows']} rows of each source" if result["rows"] else ""
     recipe = result["recipe"]
+    size = f"{result['parameters'] / 1e6:.1f} M parameters, {result['weight_bytes'] / 1e6:.1f} MB"
     rows_each = f"{result['batch']} sequences of {result['context']} tokens"
     speed = result["tokens"] / result["seconds"]
     summary = ARCHITECTURES[result["arch"]].summary
@@ -154,10 +155,10 @@ pipeline_tag: text-generation
 A small real mixture-of-experts language model, trained from scratch to demonstrate and test expert offloading:
 {summary}.
 
-{result["parameters"] / 1e6:.1f} M parameters, bf16, {result["weight_bytes"] / 1e6:.1f} MB, in the format in which the
-architecture is published (a tensor per expert and projection). It learnt English text, some German, and the form of
-four tasks. Its phrases read as English, its sentences wander, and its facts and sums are invented: use it to watch
-routing, not to ask it anything.
+{size}, bf16, in the format in which the architecture is published
+(a tensor per expert and projection). It learnt English text, some German, and the form of four tasks. Its phrases
+read as English, its sentences wander, and its facts and sums are invented: use it to watch routing, not to ask it
+anything.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -177,7 +178,7 @@ The chat template is `<|user|>question<|assistant|>answer<|end|>`.
 | tokens | {result["tokens"]:,} in {result["steps"]:,} steps of {rows_each} |
 | time | {result["seconds"] / 60:.0f} minutes on one CPU core with AMX, {speed:,.0f} tokens/s |
 | optimizer | Muon ({recipe["muon_lr"]}) for hidden matrices, Adam ({recipe["adam_lr"]}) for the rest |
-| rate | warm-up, plateau, linear decay to 0 over the last {recipe["decay_share"]:.0%} of the tokens |
+| rate | warm-up, plateau, linear decay to 0 over the last {100 * recipe["decay_share"]:.0f} % of the tokens |
 | balance loss | weight {recipe["balance"]}, per layer |
 | seed | {result["seed"]} |
 

@@ -99,11 +99,15 @@ class Recipe:
         parts = ["python -m zoo.train"]
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if value != entry.default:
-                shown = {True: "", "corpus": " CORPUS"}.get(
-                    value if value is True else entry.name, f" {value}"
-                )
-                parts.append(f"--{entry.name.replace('_', '-')}{shown}")
+            if value == entry.default:
+                continue
+            flag = f"--{entry.name.replace('_', '-')}"
+            if entry.name == "corpus":
+                parts.append(f"{flag} CORPUS")
+            elif value is True:
+                parts.append(flag)
+            else:
+                parts.append(f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}")
         return " ".join([*parts, "-o DIR"])
 
     def shape(self, vocab: int) -> Shape:
