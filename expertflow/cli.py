@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from expertflow.engine.llm import LLM
 
 DEFAULT_MAX_TOKENS = 256
-DEMO_PROMPT = "Once upon a time"
+DEMO_PROMPT = "The old man went to the river"
 DEMO_CACHE_SIZE = 8  # of 32 experts in each layer
-DEMO_SEED = 1
+DEMO_SEED = 0
 _EXIT_ERROR = 2
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
