@@ -20,6 +20,7 @@ from zoo import report as zoo_report
 from zoo import train as zoo_train
 from zoo.architectures import ARCHITECTURES, build_model
 from zoo.corpus import PARTS, PERMISSIVE, Document, Mixture, Pairs, Rows, build_tokenizer, read_part
+from zoo.evaluate import HeldOut, seen_share
 from zoo.experts import _gated_experts, switch_experts_forward
 from zoo.loss import linear_cross_entropy
 from zoo.optimizer import orthogonalize
@@ -219,6 +220,18 @@ def test_pairs_are_split_at_the_marks_and_padded():
     assert rows == [([10, 11, 0], [1, 1, 1], [12, 0, -1]), ([13, 0, 3], [1, 1, 0], [14, 15, 16])]
 
 
+def test_seen_share_counts_spans_that_the_training_text_has():
+    train = {"chat": np.arange(100)}
+    held_out = {
+        "copied": HeldOut(np.arange(30, 60), 1),
+        "half": HeldOut(np.concatenate((np.arange(19), np.arange(200, 219))), 1),
+        "new": HeldOut(np.arange(99, 60, -1), 1),
+        "short": HeldOut(np.arange(3), 1),
+    }
+    shares = seen_share(held_out, train, span=4)
+    assert shares == {"copied": 1.0, "half": 16 / 35, "new": 0.0, "short": 0.0}
+
+
 # --- training ----------------------------------------------------------------------------------------------
 
 
@@ -383,7 +396,7 @@ def test_the_card_is_made_from_what_was_measured(corpus, tmp_path, capsys):
     assert zoo_report.main([str(tmp_path / "run"), "-o", str(tmp_path / "card"), "--rows", "1"]) == 0
     card = (tmp_path / "card" / "README.md").read_text()
     measured = json.loads((tmp_path / "card" / "training.json").read_text())
-    assert f"**{measured['held_out']['bits_per_byte']:.3f}**" in card
+    assert f"; {measured['held_out']['bits_per_byte']:.3f} over all sources" in card
     assert measured["tokens"] == 512
     assert "512 in 4 steps" in card
     assert "--corpus CORPUS --tokens 512 --batch 4" in card
