@@ -87,8 +87,8 @@ def write_qwen_checkpoint(folder: Path, shape: QwenShape, seed: int = 0) -> Path
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
 
-    def random(*size: int, std: float = 0.02) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float32).mul_(std).bfloat16()
+    def random(*size: int) -> torch.Tensor:  # std 0.02 throughout, transformers' own initialization
+        return torch.randn(*size, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
 
     index: dict[str, str] = {}
     total = shape.layers + 1
@@ -104,7 +104,7 @@ def write_qwen_checkpoint(folder: Path, shape: QwenShape, seed: int = 0) -> Path
         shard(
             1,
             {
-                "model.embed_tokens.weight": random(shape.vocabulary, hidden, std=1.0),
+                "model.embed_tokens.weight": random(shape.vocabulary, hidden),
                 "lm_head.weight": random(shape.vocabulary, hidden),
                 "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
             },

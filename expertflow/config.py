@@ -38,6 +38,10 @@ class Settings:
         True, "compute ready experts while others are read (off: the slow, obvious version)"
     )
 
+    look_ahead: bool = setting(
+        True, "prefetch what the next layer's router would choose now (never changes a bit)"
+    )
+
     def __post_init__(self) -> None:
         if self.memory is not None and self.cache_size is not None:
             raise ValueError(

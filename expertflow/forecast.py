@@ -26,7 +26,7 @@ from expertflow.config import Settings, format_bytes, parse_bytes
 from expertflow.hub_headers import cached_snapshot, fetch_hub_model
 from expertflow.measure import measure_copy_bandwidth, measure_disk, measure_machine, nearest_existing
 from expertflow.models.attach import register
-from expertflow.models.footprint import measure_model
+from expertflow.models.footprint import honoured_prefill, measure_model
 from expertflow.models.skeleton import Skeleton, build_skeleton, unknown_architecture
 from expertflow.step_time import (
     TYPICAL_EXPONENT,
@@ -108,6 +108,7 @@ def plan_model(
         check_hit_ratio(ratio if ratio is not None else 0.0)
     config, checkpoint, commit, fetched_bytes = _find(source, revision, endpoint)
     skeleton = build_skeleton(config, checkpoint)
+    settings = honoured_prefill(skeleton.model, settings)
     memory, fits = _fit(skeleton, settings)
     downloaded = commit is None
     disk_folder = checkpoint.folder if downloaded else Path(constants.HF_HUB_CACHE)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertflow.cache.expert_cache import ExpertCache, Weights
+
+if TYPE_CHECKING:
+    from expertflow.models.lookahead import LookAhead
 
 
 @dataclass(slots=True)
@@ -25,6 +28,7 @@ class Attachment:
     layer: int
     num_experts: int
     stored_transposed: frozenset[str] = frozenset()
+    look_ahead: LookAhead | None = None  # what predicts the next layer
 
 
 Multiply = Callable[[Tensor, Weights], Tensor]
@@ -66,7 +70,12 @@ def run_experts(
     in_order = num_tokens == 1 and len(positions_of) == top_k  # row k is position k: nothing to gather
     rows_RD = hidden_TD.expand(top_k, -1) if in_order else hidden_TD[_index(token_of_row, hidden_TD)]
     out_RD = hidden_TD.new_empty(rows_RD.shape)
+    predictor = attachment.look_ahead
     for expert, weights in attachment.cache.open_layer(attachment.layer, list(positions_of)):
+        if predictor is not None:  # after this layer's demands went out, before anything is computed
+            if predicted := predictor.predict(hidden_TD):
+                attachment.cache.prefetch(predicted)
+            predictor = None
         begin = begin_of[expert]
         end = begin + (padded_rows(len(positions_of[expert])) if pad else len(positions_of[expert]))
         out_RD[begin:end] = multiply(rows_RD[begin:end], weights)

@@ -1,0 +1,66 @@
+"""Gate look-ahead: ask the next layer's router about this layer's input, and prefetch what it names.
+
+No training, and right more often than not: the residual stream changes slowly from layer to layer. It is a
+hint and nothing else: the real router has the last word, so a wrong guess costs time, never a bit. It uses
+the disk while attention computes; demands go before it, and guesses that are not wanted are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from expertflow.core import ExpertId
+from expertflow.models.spans import MoELayer
+
+# Of more tokens nearly every expert is needed, and demand loads keep the disk busy anyway.
+MAX_TOKENS = 8
+
+
+class LookAhead:
+    """Predicts a layer's experts from the hidden states that enter the MoE block before it."""
+
+    def __init__(self, router: nn.Module, layer: int, num_experts: int):
+        self.router = router
+        self.layer = layer
+        self.num_experts = num_experts
+
+    @torch.no_grad()
+    def predict(self, hidden_TD: Tensor) -> list[ExpertId]:
+        """Experts that the router would choose, those wanted by most tokens first. [] for many tokens."""
+        if hidden_TD.shape[0] > MAX_TOKENS:
+            return []
+        index_TK = chosen_experts(self.router(hidden_TD))
+        if index_TK is None:
+            return []
+        experts, counts = index_TK.reshape(-1).unique(return_counts=True)
+        ordered = experts[counts.argsort(descending=True, stable=True)].tolist()
+        return [ExpertId(self.layer, expert) for expert in ordered if expert < self.num_experts]
+
+
+def chosen_experts(routed: Any) -> Tensor | None:
+    """The integer tensor [T, K] in what a router module returned, or None when it only returns scores."""
+    outputs = routed if isinstance(routed, tuple) else (routed,)
+    for output in outputs:
+        if isinstance(output, Tensor) and output.dim() == 2 and not output.is_floating_point():
+            return output
+    return None
+
+
+def look_ahead_for(model: PreTrainedModel, moe_layers: Sequence[MoELayer]) -> list[LookAhead | None]:
+    """For each MoE layer, what predicts the layer after it.
+
+    None where the next block's router does not say which experts it chose (DeepSeek-V3 groups scores
+    outside of it; Switch gives a mask), and for the last layer: the first one's input is not known yet.
+    """
+    found: list[LookAhead | None] = []
+    for layer in moe_layers[1:]:
+        block = model.get_submodule(layer.name.rpartition(".")[0])
+        router = next((child for name, child in block.named_children() if name in ("gate", "router")), None)
+        known = router is not None and not layer.one_module_per_expert
+        found.append(LookAhead(router, layer.layer, layer.num_experts) if known else None)
+    return [*found, None]

@@ -1,0 +1,67 @@
+"""Gate look-ahead: what it names, that it is off unless asked for, and that it changes no bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from expertflow import ExpertFlowConfig
+from expertflow.models.lookahead import MAX_TOKENS
+from tests.families import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint("qwen2_moe", tmp_path_factory.mktemp("qwen2_moe"))
+
+
+def load(folder: Path, look_ahead: bool = True) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=ExpertFlowConfig(cache_size=3, look_ahead=look_ahead)
+    )
+
+
+def step(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[7]])).logits
+
+
+def test_it_names_what_the_next_router_would_choose(folder: Path) -> None:
+    model = load(folder)
+    first, second = (model.get_submodule(layer.name) for layer in model.expertflow.moe_layers[:2])
+    router = model.get_submodule(model.expertflow.moe_layers[1].name.rpartition(".")[0]).gate
+    hidden = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    predicted = first.expertflow.look_ahead.predict(hidden)
+    with torch.no_grad():
+        chosen = router(hidden)[-1]
+    assert {expert.expert for expert in predicted} == set(chosen.flatten().tolist())
+    assert {expert.layer for expert in predicted} == {second.expertflow.layer}
+    votes = [(chosen == expert.expert).sum().item() for expert in predicted]
+    assert votes == sorted(votes, reverse=True)
+    assert first.expertflow.look_ahead.predict(hidden.repeat(MAX_TOKENS, 1)) == []
+    model.expertflow.close()
+
+
+def test_it_prefetches_when_asked_and_changes_no_bit(folder: Path) -> None:
+    with_it, without = load(folder), load(folder, look_ahead=False)
+    for _ in range(4):
+        assert torch.equal(step(with_it), step(without))
+    assert with_it.expertflow.cache.stats.prefetches > 0
+    assert without.expertflow.cache.stats.prefetches == 0
+    with_it.expertflow.close()
+    without.expertflow.close()
+
+
+def test_models_whose_routers_name_no_experts_run_without(tmp_path: Path) -> None:
+    folder = write_checkpoint("switch_safetensors", tmp_path)
+    model = AutoModelForSeq2SeqLM.from_pretrained(
+        folder, quantization_config=ExpertFlowConfig(cache_size=3, look_ahead=True)
+    )
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[7]]), decoder_input_ids=torch.tensor([[0]]))
+    assert model.expertflow.cache.stats.prefetches == 0
+    model.expertflow.close()
