@@ -39,7 +39,7 @@ class Settings:
     )
 
     look_ahead: bool = setting(
-        True, "prefetch what the next layer's router would choose now (never changes a bit)"
+        False, "prefetch what the next layer's router would choose now: more bytes, fewer stalls; same output"
     )
 
     def __post_init__(self) -> None:
