@@ -61,6 +61,8 @@ def look_ahead_for(model: PreTrainedModel, moe_layers: Sequence[MoELayer]) -> li
     for layer in moe_layers[1:]:
         block = model.get_submodule(layer.name.rpartition(".")[0])
         router = next((child for name, child in block.named_children() if name in ("gate", "router")), None)
-        known = router is not None and not layer.one_module_per_expert
-        found.append(LookAhead(router, layer.layer, layer.num_experts) if known else None)
+        if router is None or layer.one_module_per_expert:
+            found.append(None)
+        else:
+            found.append(LookAhead(router, layer.layer, layer.num_experts))
     return [*found, None]
