@@ -110,6 +110,7 @@ SETTINGS = {
     "store": ("ram", "ram"),
     "direct_io": (None, True),
     "overlap": (None, True),
+    "look_ahead": (None, True),
 }
 
 
@@ -120,7 +121,7 @@ def test_every_setting_has_a_flag(loaded: dict[str, Any]) -> None:
         flag = "--" + name.replace("_", "-")
         assert isinstance(invoke("run", "m", "hi", flag, *([text] if text else [])).exception, Recorded)
         assert loaded == {"model": "m", "revision": None, name: value}
-    for name in ("direct_io", "overlap"):
+    for name in ("direct_io", "overlap", "look_ahead"):
         invoke("run", "m", "hi", "--no-" + name.replace("_", "-"))
         assert loaded[name] is False
 

@@ -1,7 +1,5 @@
 """The stand-ins for Switch's and NLLB's experts give what transformers' own modules give."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from expertflow.models.attach import ExpertFlowConfig
+from expertflow.models.experts import Attachment
 from expertflow.models.switch import (
     OffloadedExperts,
     check_nllb_reads_its_mask_as_expert_numbers,
@@ -39,7 +38,7 @@ class AllInMemory:
 
 def stand_in(module: nn.Module) -> tuple[OffloadedExperts, AllInMemory]:
     offloaded, cache = OffloadedExperts.replacing(module), AllInMemory(module)
-    offloaded.expertflow = SimpleNamespace(cache=cache, layer=0, num_experts=EXPERTS)
+    offloaded.expertflow = Attachment(cache, 0, EXPERTS)
     return offloaded.eval(), cache
 
 
