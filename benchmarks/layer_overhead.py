@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import QwenShape, console, other_load, report, write_qwen_checkpoint
+from expertflow.models.products import linear
 
 
 def main() -> None:
@@ -74,8 +74,8 @@ def main() -> None:
         def bare(work: list = work) -> None:
             for rows, gate_up, inner, down in work:
                 for part in gate_up:
-                    F.linear(rows, part)
-                F.linear(inner, down)
+                    linear(rows, part)
+                linear(inner, down)
 
         ours_s, bare_s = in_turn(ours, bare, repetitions)
         overhead = ours_s - bare_s

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from expertflow.cache.expert_cache import Weights
 from expertflow.models.attach import METHOD, register
 from expertflow.models.experts import Attachment
+from expertflow.models.products import linear
 from expertflow.step_time import Machine, Multiplication
 from expertflow.store.disk import CHUNK_BYTES, measure_read_bandwidth
 
@@ -37,7 +37,7 @@ _PROBE_NAME = "expertflow-disk-probe-"
 def measure_multiplication(
     out_features: int, in_features: int, dtype: torch.dtype, rows: Sequence[int], seconds: float = 0.25
 ) -> Multiplication:
-    """Time F.linear with [out_features, in_features] weights, others at each call, `seconds` for a point."""
+    """Time products.linear with [out_features, in_features] weights, others at each call, `seconds` for a point."""
     nbytes = out_features * in_features * dtype.itemsize
     count = max(2, _WORKING_SET_BYTES // nbytes)
     weights = torch.empty(count, out_features, in_features, dtype=dtype)
@@ -48,7 +48,7 @@ def measure_multiplication(
         x = torch.randn(num_rows, in_features).to(dtype)
 
         def multiply(index: int, x: Tensor = x) -> Tensor:
-            return F.linear(x, weights[index % count])
+            return linear(x, weights[index % count])
 
         costs.append(_seconds_per_call(multiply, seconds) / nbytes)
     return Multiplication(tuple(rows), tuple(costs))

@@ -22,7 +22,7 @@ _KV_PASSES = 3
 
 @dataclass(frozen=True, slots=True)
 class Multiplication:
-    """What F.linear costs on weights that come from memory: seconds per byte of weight, by rows.
+    """What a matrix product costs on weights that come from memory: seconds per byte of weight, by rows.
 
     rows ascends; between two measured points the time goes linearly, past the last one in proportion.
     """

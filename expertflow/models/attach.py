@@ -37,6 +37,7 @@ from expertflow.models import deepseek_moe
 from expertflow.models.experts import Attachment, expertflow_experts
 from expertflow.models.footprint import honoured_prefill, measure_model
 from expertflow.models.lookahead import look_ahead_for
+from expertflow.models.products import speed_up_dense
 from expertflow.models.spans import ExpertSpans, MoELayer, derive_expert_spans, find_moe_layers
 from expertflow.models.switch import OffloadedExperts
 from expertflow.store.checkpoint import Checkpoint, TensorSpan, open_checkpoint
@@ -147,6 +148,7 @@ class ExpertFlowQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         copy_dense_weights(model, self._checkpoint)
+        speed_up_dense(model)
         store = RamStore(self._store) if self.settings.store == "ram" else self._store
         cache = ExpertCache(
             store,

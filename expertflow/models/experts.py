@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertflow.cache.expert_cache import ExpertCache, Weights
+from expertflow.models.products import linear
 
 if TYPE_CHECKING:
     from expertflow.models.lookahead import LookAhead
@@ -140,6 +140,6 @@ def _project(module: Any, attachment: Attachment, rows: Tensor, weights: Weights
         out = rows @ matrix
         return out.add_(bias) if bias is not None else out
     if len(parts) == 1:
-        return F.linear(rows, parts[0], bias)
-    out = torch.cat([F.linear(rows, part) for part in parts], dim=-1)
+        return linear(rows, parts[0], bias)
+    out = torch.cat([linear(rows, part) for part in parts], dim=-1)
     return out.add_(bias) if bias is not None else out

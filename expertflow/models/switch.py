@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import NllbMoeConfig, PreTrainedModel
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
@@ -18,6 +17,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from expertflow.cache.expert_cache import Weights
 from expertflow.models.experts import Attachment, run_experts
+from expertflow.models.products import linear
 
 
 def find_modulelist_experts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
@@ -71,7 +71,7 @@ class OffloadedSwitchExperts(OffloadedExperts):
 
     def _multiply(self, rows_ND: Tensor, weights: Weights) -> Tensor:
         (wi,), (wo,) = weights["wi.weight"], weights["wo.weight"]
-        return F.linear(self.act(F.linear(rows_ND, wi)).to(wo.dtype), wo)
+        return linear(self.act(linear(rows_ND, wi)).to(wo.dtype), wo)
 
 
 class OffloadedNllbExperts(OffloadedExperts):
@@ -109,7 +109,7 @@ class OffloadedNllbExperts(OffloadedExperts):
     def _multiply(self, rows_ND: Tensor, weights: Weights) -> Tensor:
         (fc1,), (fc1_bias,) = weights["fc1.weight"], weights["fc1.bias"]
         (fc2,), (fc2_bias,) = weights["fc2.weight"], weights["fc2.bias"]
-        return F.linear(self.act(F.linear(rows_ND, fc1, fc1_bias)).to(fc2.dtype), fc2, fc2_bias)
+        return linear(self.act(linear(rows_ND, fc1, fc1_bias)).to(fc2.dtype), fc2, fc2_bias)
 
 
 def check_nllb_reads_its_mask_as_expert_numbers() -> None:

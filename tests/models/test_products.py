@@ -1,0 +1,75 @@
+"""linear: the same product as F.linear, whichever operand the weight is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from expertflow.models.products import WeightFirstLinear, linear, speed_up_dense, weight_first
+
+OUT, IN = 768, 704  # just above a MiB of bf16
+
+
+def weight(dtype: torch.dtype = torch.bfloat16, out: int = OUT) -> torch.Tensor:
+    return torch.randn(out, IN, generator=torch.Generator().manual_seed(0)).mul(0.05).to(dtype)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 8, 17, 64, 65])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_equals_the_exact_product_as_closely_as_f_linear_does(
+    num_rows: int, with_bias: bool, strided: bool
+) -> None:
+    rows = torch.randn(num_rows, IN, generator=torch.Generator().manual_seed(num_rows)).bfloat16()
+    if strided:  # as the gate leaves the inner activations
+        rows = rows.t().contiguous().t()
+    W, bias = weight(), torch.randn(OUT).bfloat16() if with_bias else None
+    exact = rows.double() @ W.double().t() + (bias.double() if bias is not None else 0)
+    out = linear(rows, W, bias)
+    assert out.shape == (num_rows, OUT)
+    assert out.dtype == torch.bfloat16
+    if num_rows:
+        allowed = 1.2 * (F.linear(rows, W, bias).double() - exact).norm()
+        assert (out.double() - exact).norm() <= allowed
+
+
+def test_the_weight_goes_first_where_it_pays_and_nowhere_else() -> None:
+    assert weight_first(1, weight())
+    assert weight_first(64, weight())
+    assert not weight_first(65, weight())
+    assert not weight_first(1, weight(torch.float32))
+    assert not weight_first(1, weight(torch.float16))
+    assert not weight_first(1, weight(out=16)), "small weights: the second call would cost more"
+    assert not weight_first(1, weight().to("meta"))
+
+
+def test_float32_is_f_linear_to_the_bit() -> None:
+    rows, W = torch.randn(3, IN), weight(torch.float32)
+    assert torch.equal(linear(rows, W), F.linear(rows, W))
+
+
+def test_dense_projections_keep_names_shapes_and_values() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.ModuleDict(
+        {"big": nn.Linear(IN, OUT), "small": nn.Linear(8, 8), "special": Special(IN, OUT)}
+    ).bfloat16()
+    names = list(model.state_dict())
+    x = torch.randn(2, 3, IN).bfloat16()
+    before = model["big"](x)
+    assert speed_up_dense(model) == 1
+    assert type(model["big"]) is WeightFirstLinear
+    assert type(model["special"]) is Special
+    assert list(model.state_dict()) == names
+    after = model["big"](x)
+    assert after.shape == before.shape
+    assert after.is_contiguous()
+    torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-2)
+    assert torch.equal(model["big"](x[0, :1]), model["big"](x[0, :1])), "deterministic"
+    many = torch.randn(80, IN).bfloat16()
+    assert torch.equal(model["big"](many), F.linear(many, model["big"].weight, model["big"].bias))
+    with pytest.raises(RuntimeError, match="dtype"):
+        model["big"](x.float())
