@@ -410,3 +410,25 @@ def test_the_card_is_made_from_what_was_measured(corpus, tmp_path, capsys):
 def test_a_directory_without_a_run_is_explained(tmp_path, capsys):
     assert zoo_report.main([str(tmp_path)]) == 1
     assert "holds no finished run of zoo.train" in capsys.readouterr().err
+
+
+def test_pairs_of_a_window_come_once_each_and_with_little_padding() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [rng.integers(4, 200, size=rng.integers(1, 100)) for _ in range(400)]
+    stream = np.concatenate([[1, *prompt, 2, 4 + number % 190, 0] for number, prompt in enumerate(pairs)])
+    examples = Pairs({"chat": stream.astype(np.uint16)}, {"chat": 1.0}, T=64, seed=3)
+    batches = [examples.batch(8 * number, 8) for number in range(Pairs.WINDOW)]
+    seen = sorted(
+        tuple(row[mask == 1].tolist())
+        for b in batches
+        for row, mask in zip(b.input_BT, b.input_mask_BT, strict=True)
+    )
+    drawn = [
+        examples.pairs[part][index][0][:64] for part, index in map(examples.mixture, range(8 * Pairs.WINDOW))
+    ]
+    assert seen == sorted(tuple(int(i) for i in prompt) for prompt in drawn)
+    real = sum(int(b.input_mask_BT.sum()) for b in batches)
+    assert real > 0.85 * sum(b.input_BT.numel() for b in batches), (
+        "random batches of these are two thirds full"
+    )
+    assert torch.equal(examples.batch(16, 8).input_BT, batches[2].input_BT), "a function of the number"

@@ -213,18 +213,30 @@ def pairs_of(stream: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 class Pairs:
-    """Training examples of an encoder-decoder: the tasks' prompts and responses, cut off after T tokens."""
+    """Training examples of an encoder-decoder: the tasks' prompts and responses, cut off after T tokens.
+
+    Padding reaches the longest pair of a batch, so batches are cut from windows sorted by length: of 64 random
+    pairs four positions in five were padding.
+    """
+
+    WINDOW = 16  # batches
 
     def __init__(self, streams: dict[str, np.ndarray], shares: dict[str, float], T: int, seed: int) -> None:
         self.pairs = {part: pairs_of(streams[part]) for part in TASKS if part in streams}
         if not any(self.pairs.values()):
             raise ValueError(f"the corpus has no prompts; an encoder-decoder needs one of {', '.join(TASKS)}")
-        self.T = T
+        self.T, self.seed = T, seed
         self.mixture = Mixture({part: len(pairs) for part, pairs in self.pairs.items()}, shares, seed)
 
     def batch(self, first_row: int, B: int) -> PairBatch:
-        chosen = [self.mixture(first_row + i) for i in range(B)]
-        return pad_pairs([self.pairs[part][index] for part, index in chosen], self.T)
+        """Batch number first_row // B: every window holds the rows of its 16 batches once each."""
+        window, index = divmod(first_row // B, self.WINDOW)
+        rows = [self.mixture(window * self.WINDOW * B + i) for i in range(self.WINDOW * B)]
+        drawn = [self.pairs[part][index] for part, index in rows]
+        # Stable, so equal lengths keep their order; then the batches of a window in random order.
+        order = sorted(range(len(drawn)), key=lambda i: sum(min(len(side), self.T) for side in drawn[i]))
+        which = int(np.random.default_rng([self.seed, window]).permutation(self.WINDOW)[index])
+        return pad_pairs([drawn[i] for i in order[which * B : (which + 1) * B]], self.T)
 
 
 def pad_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]], T: int) -> PairBatch:
