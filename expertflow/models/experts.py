@@ -68,8 +68,8 @@ def run_experts(
         if pad:
             token_of_row += [token_of_row[begin]] * (padded_rows(len(positions)) - len(positions))
     in_order = num_tokens == 1 and len(positions_of) == top_k  # row k is position k: nothing to gather
-    rows_RD = hidden_TD.expand(top_k, -1) if in_order else hidden_TD[_index(token_of_row, hidden_TD)]
-    out_RD = hidden_TD.new_empty(rows_RD.shape)
+    rows_RD = hidden_TD if in_order else hidden_TD[_index(token_of_row, hidden_TD)]
+    out_RD = hidden_TD.new_empty(len(token_of_row), hidden_TD.shape[1])
     predictor = attachment.look_ahead
     for expert, weights in attachment.cache.open_layer(attachment.layer, list(positions_of)):
         if predictor is not None:  # after this layer's demands went out, before anything is computed
@@ -77,6 +77,9 @@ def run_experts(
                 attachment.cache.prefetch(predicted)
             predictor = None
         begin = begin_of[expert]
+        if in_order:
+            out_RD[begin] = multiply(rows_RD, weights)[0]
+            continue
         end = begin + (padded_rows(len(positions_of[expert])) if pad else len(positions_of[expert]))
         out_RD[begin:end] = multiply(rows_RD[begin:end], weights)
     out_SD = out_RD if in_order else out_RD[_index(row_of_position, hidden_TD)]
