@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench zoo clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,18 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode_under_budget --quick
+
+# Small models with real routing, one per architecture of the paper's Table 1; resumable, about 40 minutes each.
+ZOO := qwen1.5-moe switch-32 mixtral-8 deepseek-moe switch-64 switch-128
+CORPUS ?= zoo/sample
+ZOO_TOKENS ?= 2e6
+
+zoo: $(ZOO:%=out/zoo/%/quality.json)
+
+out/zoo/%/quality.json: $(STAMP)
+	$(BIN)/python -m zoo.train --arch $* --corpus $(CORPUS) --tokens $(ZOO_TOKENS) --decay-share 0.4 --balance 0.1 \
+		--batch $(if $(findstring switch,$*),32,16) -o out/zoo/$*
+	$(BIN)/python -m zoo.quality out/zoo/$*
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
