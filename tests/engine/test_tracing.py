@@ -89,7 +89,8 @@ def test_a_decoder_only_recording(folders: dict[str, Path], tmp_path: Path, chun
             (routes,) = routes_alone(llm, sequence.target_ids_T.tolist())
             np.testing.assert_array_equal(sequence.target_routes_TLK, routes)
             assert sequence.target_weights_TLK is not None
-            assert sequence.target_weights_TLK.min() > 0
+            # The largest of eight probabilities; small ones may be rounded to 0 on disk.
+            assert sequence.target_weights_TLK[:, :, 0].min() >= 1 / NUM_EXPERTS
     for first, second in zip(list(trace)[::2], list(trace)[1::2], strict=True):
         assert first.target_ids_T.tolist() != second.target_ids_T.tolist(), "two runs drew the same answer"
 
