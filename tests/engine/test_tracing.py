@@ -23,7 +23,7 @@ from expertflow.config import Tracing
 from expertflow.engine.datasets import HUB_SETS, Example, load_examples, split_of
 from expertflow.engine.tracing import record_trace
 from expertflow.models.capture import capture_routes
-from expertflow.trace import FILE_NAME, Trace, TracedSequence, TraceMeta, TraceWriter, read_trace
+from expertflow.trace import FILE_NAME, Trace, TracedSequence, read_trace
 from tests.engine.test_llm import CHAT_TEMPLATE, rewrite
 from tests.families import FAMILIES, NUM_EXPERTS, PAD, write_checkpoint
 
