@@ -129,6 +129,18 @@ def test_the_answer_is_the_one_that_generate_gives(folders: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "switch"])
+def test_rows_that_end_before_others_end_there(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """A batch runs on until its longest answer ends; what the others then read is padding, not theirs."""
+    ends = list(range(1, 30))  # a quarter of the vocabulary
+    folder = rewrite(folders[name], tmp_path / "ends", "generation_config.json", eos_token_id=ends)
+    trace = record(folder, tmp_path / "out", Tracing(runs=2, max_tokens=12))
+    answers = [sequence.target_ids_T[sequence.num_prefill :] for sequence in trace]
+    assert len(set(map(len, answers))) > 2
+    assert not np.isin(np.concatenate(answers), ends).any()
+    assert all(len(sequence.target_routes_TLK) == len(sequence.target_ids_T) for sequence in trace)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "switch"])
 def test_forced_responses(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     """One run a prompt: the data set's own response, cut at max_tokens, with the routes of one pass over it."""
     trace = record(folders[name], tmp_path, Tracing(teacher_forced=True, max_tokens=9))
