@@ -86,7 +86,7 @@ def read_paths(
     return RoutingPaths(meta, chosen[0], chosen[1])
 
 
-def length(sequence: TracedSequence) -> int:
+def trained_tokens(sequence: TracedSequence) -> int:
     """Tokens of both sides that are trained on."""
     return min(LONGEST, len(sequence.source_ids_S)) + min(LONGEST, len(sequence.target_ids_T))
 
@@ -99,13 +99,13 @@ def group(sequences: Sequence[TracedSequence], batch_tokens: int, seed: int) -> 
     draw = random.Random(seed)
     order = list(sequences)
     draw.shuffle(order)
-    mean = sum(map(length, order)) / max(1, len(order))
+    mean = sum(map(trained_tokens, order)) / max(1, len(order))
     pool = max(1, int(_BATCHES_PER_POOL * batch_tokens / max(1.0, mean)))
     batches: list[list[TracedSequence]] = []
     for begin in range(0, len(order), pool):
         batch: list[TracedSequence] = []
-        for sequence in sorted(order[begin : begin + pool], key=length):
-            if batch and (len(batch) + 1) * length(sequence) > batch_tokens:
+        for sequence in sorted(order[begin : begin + pool], key=trained_tokens):
+            if batch and (len(batch) + 1) * trained_tokens(sequence) > batch_tokens:
                 batches.append(batch)
                 batch = []
             batch.append(sequence)
@@ -141,14 +141,14 @@ def within_horizons(needed_BTLE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tenso
     HORIZONS[c] tokens, its own not counted; and known_BTLEC, bool: false where the text ends before that could
     be told, and at padding. HORIZONS must be powers of two from 1.
     """
-    length = needed_BTLE.shape[1]
+    num_tokens = needed_BTLE.shape[1]
     used = _earlier(needed_BTLE, 1)
     found = []
     for horizon in HORIZONS:
         found.append(used)
         used = used | _earlier(used, horizon)
     used_BTLEC = torch.stack(found, -1)
-    left_T = length - 1 - torch.arange(length, device=needed_BTLE.device)
+    left_T = num_tokens - 1 - torch.arange(num_tokens, device=needed_BTLE.device)
     reached_TC = left_T[:, None] >= torch.tensor(HORIZONS, device=left_T.device)
     known_BTLEC = used_BTLEC | reached_TC[:, None, None]
     return used_BTLEC, known_BTLEC & mask_BT[:, :, None, None, None]
