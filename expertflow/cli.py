@@ -21,6 +21,7 @@ import typer
 from expertflow import __version__
 from expertflow.config import Settings
 from expertflow.engine.sampling import SamplingParams
+from expertflow.predictor.sizes import PredictorSizes, TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,7 +108,7 @@ def takes(**groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., A
     return decorate
 
 
-_PANELS = {"settings": "Memory", "sampling": "Sampling"}
+_PANELS = {"settings": "Memory", "sampling": "Sampling", "sizes": "Predictor", "training": "Training"}
 # `run` streams one answer; n belongs to LLM.generate.
 _NO_FLAG = {"n"}
 
@@ -485,6 +486,35 @@ def check(
         as_json=json,
     )
     raise typer.Exit(status)
+
+
+@app.command()
+@takes(sizes=PredictorSizes, training=TrainSettings)
+def train_predictor(
+    traces: Annotated[
+        list[Path],
+        typer.Argument(metavar="TRACES...", help="folders that `expertflow trace` wrote", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="where the predictor goes")],
+    sizes: dict[str, Any],
+    training: dict[str, Any],
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="train on this task's sequences only", show_default="all tasks"),
+    ] = None,
+) -> None:
+    """Learn from recorded routes which experts a text will need, for prefetching and eviction.
+
+    A run that was interrupted continues when the same command is given again.
+
+    [bold]Example[/bold]
+
+      expertflow train-predictor traces/chat -o predictors/chat --minutes 10
+    """
+    checked = TrainSettings(**training)
+    from expertflow.predictor.train import train_predictor as run_training
+
+    run_training(traces, output, sizes, checked, task=task)
 
 
 @app.command()

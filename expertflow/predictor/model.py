@@ -1,6 +1,6 @@
 """RoutingPathPredictor: which experts every layer will need, from token ids alone, before the pass.
 
-One stack in two shapes (`ARCHS`):
+One stack in two shapes (`sizes.ARCHS`):
   paper   section 3.2: a T5-style encoder-decoder, hidden 32, feed-forward 2048, L heads of E logits.
   causal  ours: a causal transformer plus a residual by token identity of low rank.
 
@@ -16,61 +16,20 @@ bfloat16 once trained (`compact`): they are most of the bytes. Their last row st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from expertflow.config import setting
 from expertflow.predictor.decoder import Decoder, PathState
 from expertflow.predictor.layers import Encoder
 from expertflow.predictor.protocol import PathContext
+from expertflow.predictor.sizes import PredictorSizes
 from expertflow.trace import TraceMeta
 
 HORIZONS = (1, 2, 4, 8, 16)  # passes after this one, of the next-use head
 _NO_EXPERT = -30.0  # logit of an expert that a narrower layer does not have
-
-
-@dataclass(frozen=True)
-class PredictorSizes:
-    """The shape of a predictor; the defaults are those of `causal`. Wrong values raise ValueError."""
-
-    arch: str = setting("causal", "causal (ours) or paper (section 3.2 of the paper)")
-    hidden: int = setting(64, "width of the states (paper: 32)")
-    feed_forward: int = setting(256, "width of the feed-forward layers (paper: 2048)")
-    layers: int = setting(2, "layers of the decoder")
-    encoder_layers: int = setting(2, "layers of the encoder, where there is one")
-    heads: int = setting(4, "attention heads")
-    window: int = setting(128, "tokens that a position sees, itself included (paper: 512)")
-    token_rank: int = setting(32, "rank of the residual by token identity; 0 is none (paper: 0)")
-    next_use: bool = setting(True, "learn when each expert is used next, for eviction (paper: no)")
-
-    def __post_init__(self) -> None:
-        if self.arch not in ("paper", "causal"):
-            raise ValueError(f"arch={self.arch!r} is unknown; use 'causal' or 'paper'")
-        for name in ("hidden", "feed_forward", "layers", "encoder_layers", "heads", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.token_rank < 0:
-            raise ValueError(f"token_rank={self.token_rank} must be 0 (no residual) or more")
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden={self.hidden} must be a multiple of heads={self.heads}")
-
-
-ARCHS: dict[str, PredictorSizes] = {
-    "causal": PredictorSizes(),
-    "paper": PredictorSizes(
-        arch="paper", hidden=32, feed_forward=2048, window=512, token_rank=0, next_use=False
-    ),
-}
-
-
-def sizes_of(arch: str = "causal", **given: Any) -> PredictorSizes:
-    """The sizes of an arch, with some replaced. Raises ValueError for an unknown arch or size."""
-    if arch not in ARCHS:
-        raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(ARCHS)}")
-    return replace(ARCHS[arch], **given)
 
 
 @dataclass(frozen=True)

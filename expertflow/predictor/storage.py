@@ -15,7 +15,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from expertflow.predictor.model import PredictedModel, PredictorSizes, RoutingPathPredictor
+from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
+from expertflow.predictor.sizes import PredictorSizes
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "predictor.safetensors", "predictor.json"

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertflow.config import setting
 from expertflow.predictor.dataset import (
     RoutingPaths,
     TracedBatch,
@@ -29,7 +28,8 @@ from expertflow.predictor.dataset import (
     read_paths,
     within_horizons,
 )
-from expertflow.predictor.model import PredictedModel, RoutingPathPredictor, sizes_of
+from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
+from expertflow.predictor.sizes import TrainSettings, sizes_of
 from expertflow.predictor.storage import DESCRIPTION, save_predictor
 
 CHECKPOINT = "training.pt"  # in the output folder while training is under way
@@ -39,39 +39,6 @@ _NEXT_USE_WEIGHT = 0.3  # of its loss beside the routes'
 _NEXT_USE_POSITIONS = 512  # of a batch that train the next-use head: its targets are 5 x L x E each
 _TABLE_RATE = 5.0  # times the learning rate, for tables: a token's row moves only when the token comes
 _LEAST_GAIN = 0.0005  # of recall that counts as better for the early stop
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How long and how fast. Wrong values raise ValueError."""
-
-    minutes: float | None = setting(15.0, "time limit; the learning rate reaches zero by then. 0 is none")
-    epochs: int = setting(20, "passes over the traces, when time allows")
-    learning_rate: float = setting(3e-3, "at its highest, after the warm-up")
-    warmup: float = setting(0.03, "share of the schedule in which the learning rate rises")
-    weight_decay: float = setting(0.01, "of AdamW, for matrices; tables and norms have none")
-    batch_tokens: int = setting(4096, "tokens per step, padding included")
-    unknown_share: float = setting(
-        0.02, "share of tokens replaced by `never seen`, so that it means something"
-    )
-    validation_share: float = setting(0.05, "share of the train split's prompts held back for validation")
-    patience: int = setting(8, "validations without a better recall before training stops")
-    threads: int | None = setting(None, "threads of the arithmetic; default: torch's own choice")
-    seed: int = setting(0, "of the initial weights, the order of batches and the validation prompts")
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_tokens", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads} must be at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0; 0.003 is the default")
-        for name in ("warmup", "unknown_share", "validation_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if self.minutes is not None and self.minutes < 0:
-            raise ValueError(f"minutes={self.minutes} must be above 0, or 0 for no limit")
 
 
 class Validation(NamedTuple):

@@ -7,12 +7,11 @@ from expertflow.predictor.layers import DistanceBias, distance_buckets
 from expertflow.predictor.model import (
     HORIZONS,
     PredictedModel,
-    PredictorSizes,
     RoutingPathPredictor,
     prompts_of,
-    sizes_of,
 )
 from expertflow.predictor.protocol import PathContext, PathPredictor, SourcePredictor
+from expertflow.predictor.sizes import PredictorSizes, sizes_of
 from tests.predictor.traced import FINGERPRINT
 
 KINDS = [("causal", 0), ("paper", 0), ("causal", 2), ("paper", 2)]

@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from expertflow.predictor import train as training
 from expertflow.predictor.dataset import collate, read_paths
-from expertflow.predictor.model import PredictedModel, RoutingPathPredictor, sizes_of
+from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
+from expertflow.predictor.sizes import TrainSettings, sizes_of
 from expertflow.predictor.storage import DESCRIPTION, WEIGHTS, load_predictor, read_description
 from expertflow.predictor.train import (
     CHECKPOINT,
-    TrainSettings,
     forget_unseen,
     hits_at_equal_budget,
     schedule,
     train,
     train_predictor,
 )
+from expertflow.trace import TracedSequence, TraceWriter
 from tests.predictor.traced import FINGERPRINT, meta_of, write
 
 SMALL = {"hidden": 16, "feed_forward": 32, "layers": 1, "encoder_layers": 1, "heads": 2}
@@ -38,8 +40,8 @@ def small_predictor(paths, arch: str = "causal") -> RoutingPathPredictor:
 )
 def test_learns_a_rule(tmp_path, arch, source_layers):
     """Experts follow from the token, in the encoder's layers too. Chance is 0.25."""
-    folder = write(tmp_path / "trace", meta_of((8, 8), source_layers), prompts=60)
-    settings = TrainSettings(**{**QUICK, "epochs": 60, "learning_rate": 0.01, "unknown_share": 0.0})
+    folder = write(tmp_path / "trace", meta_of((8, 8), source_layers, vocab_size=16), prompts=40)
+    settings = TrainSettings(**{**QUICK, "epochs": 30, "learning_rate": 0.01, "unknown_share": 0.0})
     metrics = train_predictor([folder], tmp_path / "out", {"arch": arch, **SMALL}, settings, say=silent)
     assert metrics["recall"] == 1.0
     predictor = load_predictor(tmp_path / "out", FINGERPRINT)
@@ -49,29 +51,25 @@ def test_learns_a_rule(tmp_path, arch, source_layers):
 
 def test_next_use_is_learnt(tmp_path):
     """Token t + 1 is followed by t + 2: what comes in the next passes follows from the newest token."""
-    import numpy as np
-
-    from expertflow.trace import TracedSequence, TraceWriter
-
-    meta = meta_of((24,), top_k=1, vocab_size=24)
+    meta = meta_of((12,), top_k=1, vocab_size=12)
     with TraceWriter(tmp_path / "trace", meta) as writer:
         for prompt in range(30):
-            ids = ((np.arange(48) + prompt) % 24).astype(np.int32)
+            ids = ((np.arange(40) + prompt) % 12).astype(np.int32)
             nothing = np.zeros((0, 0, 1), np.uint8)
             routes = ids.astype(np.uint8).reshape(-1, 1, 1)
             empty = np.zeros(0, np.int32)
             writer.append(
                 TracedSequence(prompt, 0, "train", "count", empty, nothing, None, ids, routes, None, 2)
             )
-    settings = TrainSettings(**{**QUICK, "epochs": 25, "learning_rate": 0.01})
+    settings = TrainSettings(**{**QUICK, "epochs": 40, "batch_tokens": 128, "learning_rate": 0.01})
     train_predictor([tmp_path / "trace"], tmp_path / "out", SMALL, settings, say=silent)
     predictor = load_predictor(tmp_path / "out")
     state = predictor.start()
     _, states_BND = predictor.advance(state, torch.tensor([[3, 4, 5]]))
     passes_E = predictor.next_use(states_BND[:, -1])[0]
-    order = [(6 + n) % 24 for n in range(24)]  # expert 6 is next, 5 was just used
+    order = [(6 + n) % 12 for n in range(12)]  # expert 6 is next, 5 was just used
     assert passes_E[order[0]] < 1.5
-    for sooner, later in ((0, 2), (2, 5), (5, 11), (11, 20)):
+    for sooner, later in ((0, 1), (1, 3), (3, 7), (7, 11)):
         assert passes_E[order[sooner]] + 0.3 < passes_E[order[later]]
 
 
