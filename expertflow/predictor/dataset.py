@@ -137,8 +137,8 @@ def batches(
 def within_horizons(needed_BTLE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Targets of the next-use head, counting a pass per token (one sequence at a time).
 
-    needed_BTLE: bool, padded on the left. Returns used_BTLEC, bool: expert needed at one of the next
-    HORIZONS[c] tokens, its own not counted; and known_BTLEC, bool: false where the text ends before that could
+    needed_BTLE: bool, padded on the left. Returns used_BTCLE, bool: expert needed at one of the next
+    HORIZONS[c] tokens, its own not counted; and known_BTCLE, bool: false where the text ends before that could
     be told, and at padding. HORIZONS must be powers of two from 1.
     """
     num_tokens = needed_BTLE.shape[1]
@@ -147,11 +147,11 @@ def within_horizons(needed_BTLE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tenso
     for horizon in HORIZONS:
         found.append(used)
         used = used | _earlier(used, horizon)
-    used_BTLEC = torch.stack(found, -1)
+    used_BTCLE = torch.stack(found, 2)
     left_T = num_tokens - 1 - torch.arange(num_tokens, device=needed_BTLE.device)
     reached_TC = left_T[:, None] >= torch.tensor(HORIZONS, device=left_T.device)
-    known_BTLEC = used_BTLEC | reached_TC[:, None, None]
-    return used_BTLEC, known_BTLEC & mask_BT[:, :, None, None, None]
+    known_BTCLE = used_BTCLE | reached_TC[:, :, None, None]
+    return used_BTCLE, known_BTCLE & mask_BT[:, :, None, None, None]
 
 
 def _earlier(needed_BTLE: Tensor, tokens: int) -> Tensor:

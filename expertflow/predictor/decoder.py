@@ -91,11 +91,13 @@ class Decoder(nn.Module):
         new_N = torch.arange(state.column, state.column + num_new, device=device)
         # The column that lies in each place of the ring, before the new ones are written.
         old_W = state.column - 1 - (state.column - 1 - torch.arange(window, device=device)) % window
-        kept_N = new_N[-window:]
+        # A slice where one column is written: indexing by a tensor takes ten times as long.
+        newest = state.column % window
+        places = slice(newest, newest + 1) if num_new == 1 else new_N[-window:] % window
         if num_new == 1:
             # Overwriting first drops exactly the column that leaves the window: no copy of the ring.
-            state.seen_BW[:, kept_N % window] = mask_BN
-            old_W[kept_N % window] = kept_N
+            state.seen_BW[:, places] = mask_BN
+            old_W[places] = new_N
             columns_M, seen_BM = old_W, state.seen_BW
         else:
             columns_M, seen_BM = torch.cat([old_W, new_N]), torch.cat([state.seen_BW, mask_BN], 1)
@@ -107,14 +109,14 @@ class Decoder(nn.Module):
             if num_new > 1:
                 pair = (torch.cat([ring[0], keys], 2), torch.cat([ring[1], values], 2))
             for place, fresh in zip(ring, (keys, values), strict=True):
-                place[:, :, kept_N % window] = fresh[:, :, -window:]
+                place[:, :, places] = fresh[:, :, -window:]
             if num_new == 1:
                 pair = ring
             states_BND = block.attend_and_feed(
                 states_BND, normed_BND, pair, bias, _of_layer(state.memory, layer)
             )
         if num_new > 1:
-            state.seen_BW[:, kept_N % window] = mask_BN[:, -window:]
+            state.seen_BW[:, places] = mask_BN[:, -window:]
         state.column += num_new
         return self.norm(states_BND)
 

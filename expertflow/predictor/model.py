@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertflow.predictor.decoder import Decoder, PathState
@@ -185,7 +186,7 @@ class RoutingPathPredictor(nn.Module):
         return self.target_heads(states_BND, new_BN).sigmoid(), states_BND
 
     def next_use_logits(self, states_BND: Tensor) -> Tensor:
-        """logits_BNLEC that an expert is used within 1, 2, 4, 8, 16 passes after this one.
+        """logits_BNCLE that an expert is used within 1, 2, 4, 8, 16 passes after this one.
 
         Whether it is used in this pass is what `advance` says; once the layer has run, that use is over.
         """
@@ -193,7 +194,7 @@ class RoutingPathPredictor(nn.Module):
             raise ValueError(
                 "this predictor was trained without a next-use head; train it again with --next-use"
             )
-        return self.next_use_head(states_BND).unflatten(-1, (*self.target_heads.shape, len(HORIZONS)))
+        return self.next_use_head(states_BND).unflatten(-1, (len(HORIZONS), *self.target_heads.shape))
 
     @torch.inference_mode()
     def next_use(self, states_BD: Tensor) -> Tensor:
@@ -201,12 +202,18 @@ class RoutingPathPredictor(nn.Module):
 
         Between 1 (the next pass) and 32 (not soon). The largest is the first to evict. Rows count as independent.
         """
-        within_BLEC = self.next_use_logits(states_BD).sigmoid().cummax(-1).values
-        later_LEC = torch.log1p(-within_BLEC.clamp(max=1 - 1e-6)).sum(0).exp()
+        logits_BCLE = self.next_use_logits(states_BD)
         # E[n] = 1 + sum over n >= 1 of P(later than n); P is taken as constant between horizons.
         ends = (*HORIZONS[1:], 2 * HORIZONS[-1])
-        widths_C = later_LEC.new_tensor([b - a for a, b in zip(HORIZONS, ends, strict=True)])
-        return 1 + (later_LEC * widths_C).sum(-1)
+        passes_LE = torch.ones_like(logits_BCLE[0, 0])
+        sooner_BLE = logits_BCLE[:, 0]
+        for number, (horizon, end) in enumerate(zip(HORIZONS, ends, strict=True)):
+            sooner_BLE = torch.maximum(
+                sooner_BLE, logits_BCLE[:, number]
+            )  # a longer horizon includes a shorter
+            # softplus(x) is -log P(not used): over rows, probabilities multiply.
+            passes_LE += (end - horizon) * F.softplus(sooner_BLE).sum(0).neg().exp()
+        return passes_LE
 
     def num_bytes(self) -> int:
         """Of all parameters as they are held now (`compact` first to see what a trained one takes)."""

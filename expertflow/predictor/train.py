@@ -37,7 +37,7 @@ _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 _VALIDATIONS = 30  # over the whole schedule
 _NEXT_USE_WEIGHT = 0.3  # of its loss beside the routes'
 _NEXT_USE_POSITIONS = 512  # of a batch that train the next-use head: its targets are 5 x L x E each
-_TABLE_RATE = 5.0  # times the learning rate, for tables: a token's row moves only when the token comes
+_TABLE_RATE = 15.0  # times the learning rate, for tables: a token's row moves only when the token comes
 _LEAST_GAIN = 0.0005  # of recall that counts as better for the early stop
 
 
@@ -312,13 +312,13 @@ def path_loss(predictor: RoutingPathPredictor, batch: TracedBatch, draw: torch.G
     if logits.source_BSLE is not None and batch.source_mask_BS is not None:
         loss = loss + _cross_entropy(logits.source_BSLE, batch.source_needed_BSLE, batch.source_mask_BS)
     if predictor.next_use_head is not None:
-        used_BTLEC, known_BTLEC = within_horizons(batch.target_needed_BTLE, batch.target_mask_BT)
+        used_BTCLE, known_BTCLE = within_horizons(batch.target_needed_BTLE, batch.target_mask_BT)
         place_N = torch.nonzero(batch.target_mask_BT.flatten()).squeeze(1)
         place_N = place_N[torch.randperm(len(place_N), generator=draw)[:_NEXT_USE_POSITIONS]]
-        used_NLEC, known_NLEC = used_BTLEC.flatten(0, 1)[place_N], known_BTLEC.flatten(0, 1)[place_N]
-        guess_NLEC = predictor.next_use_logits(logits.target_states_BTD.flatten(0, 1)[place_N])
-        each = F.binary_cross_entropy_with_logits(guess_NLEC, used_NLEC.float(), reduction="none")
-        loss = loss + _NEXT_USE_WEIGHT * (each * known_NLEC).sum() / known_NLEC.sum().clamp(min=1)
+        used_NCLE, known_NCLE = used_BTCLE.flatten(0, 1)[place_N], known_BTCLE.flatten(0, 1)[place_N]
+        guess_NCLE = predictor.next_use_logits(logits.target_states_BTD.flatten(0, 1)[place_N])
+        each = F.binary_cross_entropy_with_logits(guess_NCLE, used_NCLE.float(), reduction="none")
+        loss = loss + _NEXT_USE_WEIGHT * (each * known_NCLE).sum() / known_NCLE.sum().clamp(min=1)
     return loss
 
 

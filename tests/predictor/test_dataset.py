@@ -24,8 +24,8 @@ def test_next_use_against_brute_force(seed):
         later = [u for u in range(t + 1, 40) if needed[b, u, layer, e]]
         for c, horizon in enumerate(HORIZONS):
             is_used = bool(later) and later[0] - t <= horizon
-            assert used[b, t, layer, e, c] == is_used
-            assert known[b, t, layer, e, c] == bool(mask[b, t] and (is_used or 39 - t >= horizon))
+            assert used[b, t, c, layer, e] == is_used
+            assert known[b, t, c, layer, e] == bool(mask[b, t] and (is_used or 39 - t >= horizon))
 
 
 def test_batches_hold_the_routes_and_nothing_else():

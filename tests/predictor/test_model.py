@@ -169,10 +169,10 @@ def test_expected_passes_fall_with_the_probability_of_an_early_use():
     head = predictor.next_use_head
     with torch.no_grad():
         head.weight.zero_()
-        bias = head.bias.view(3, 8, len(HORIZONS))
+        bias = head.bias.view(len(HORIZONS), 3, 8)
         bias.fill_(-20)
-        bias[0, 1] = 20  # surely in the next pass
-        bias[0, 2, 3:] = 20  # surely within 8, surely not within 4
+        bias[:, 0, 1] = 20  # surely in the next pass
+        bias[3:, 0, 2] = 20  # surely within 8, surely not within 4
     passes_LE = predictor.next_use(torch.zeros(2, 16))
     assert passes_LE[0, 1] == pytest.approx(1, abs=0.01)
     assert passes_LE[0, 2] == pytest.approx(8, abs=0.01)
