@@ -30,6 +30,7 @@ from expertflow.predictor.dataset import (
 )
 from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
 from expertflow.predictor.sizes import TrainSettings, sizes_of
+from expertflow.predictor.prior import start_from_counts
 from expertflow.predictor.storage import DESCRIPTION, save_predictor
 
 CHECKPOINT = "training.pt"  # in the output folder while training is under way
@@ -104,6 +105,7 @@ def train_predictor(
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             predictor = RoutingPathPredictor(wanted, PredictedModel.of(paths.meta))
+            start_from_counts(predictor, paths)
         with _progress(say) as (tell, advance):
             tell(
                 f"{wanted.arch} predictor for {paths.meta.model}: {predictor.num_bytes() / 1e6:.1f} MB while "
@@ -253,7 +255,8 @@ class _Run:
         self.seconds += time.monotonic() - begun
         train_loss = self.losses[0] / max(1.0, self.losses[1])
         self.losses = [0.0, 0.0]
-        if not self.curve or recall > max(v.recall for v in self.curve):
+        # Of equals the latest: its next-use head has learnt for longer.
+        if not self.curve or recall >= max(v.recall for v in self.curve):
             self.best = {name: value.clone() for name, value in self.predictor.state_dict().items()}
         self.curve.append(Validation(self.step, round(self.seconds, 1), recall, loss, train_loss))
         return self.curve[-1]
