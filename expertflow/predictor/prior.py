@@ -51,6 +51,7 @@ def _start(
     popularity_F = (count_UF.sum(0) + 0.5) / (len(ids_T) + 1)
     with torch.no_grad():
         heads.project.bias.copy_(popularity_F.logit(eps=1e-6))
+        heads.project.weight.mul_(0.1)  # what states say is noise yet: let the counts be heard
         if heads.token_table is None:
             return
         times_U1 = torch.from_numpy(times_U[kept_U])[:, None].float()

@@ -29,8 +29,8 @@ from expertflow.predictor.dataset import (
     within_horizons,
 )
 from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
-from expertflow.predictor.sizes import TrainSettings, sizes_of
 from expertflow.predictor.prior import start_from_counts
+from expertflow.predictor.sizes import TrainSettings, sizes_of
 from expertflow.predictor.storage import DESCRIPTION, save_predictor
 
 CHECKPOINT = "training.pt"  # in the output folder while training is under way

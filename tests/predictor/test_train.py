@@ -9,6 +9,7 @@ import torch
 from expertflow.predictor import train as training
 from expertflow.predictor.dataset import collate, read_paths
 from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
+from expertflow.predictor.prior import start_from_counts
 from expertflow.predictor.sizes import TrainSettings, sizes_of
 from expertflow.predictor.storage import DESCRIPTION, WEIGHTS, load_predictor, read_description
 from expertflow.predictor.train import (
@@ -61,7 +62,7 @@ def test_next_use_is_learnt(tmp_path):
             writer.append(
                 TracedSequence(prompt, 0, "train", "count", empty, nothing, None, ids, routes, None, 2)
             )
-    settings = TrainSettings(**{**QUICK, "epochs": 40, "batch_tokens": 128, "learning_rate": 0.01})
+    settings = TrainSettings(**{**QUICK, "epochs": 30, "batch_tokens": 128, "learning_rate": 0.01})
     train_predictor([tmp_path / "trace"], tmp_path / "out", SMALL, settings, say=silent)
     predictor = load_predictor(tmp_path / "out")
     state = predictor.start()
@@ -71,6 +72,20 @@ def test_next_use_is_learnt(tmp_path):
     assert passes_E[order[0]] < 1.5
     for sooner, later in ((0, 1), (1, 3), (3, 7), (7, 11)):
         assert passes_E[order[sooner]] + 0.3 < passes_E[order[later]]
+
+
+@pytest.mark.parametrize("source_layers", [0, 1])
+def test_training_starts_from_the_counts(tmp_path, source_layers):
+    """A rule by token is known before the first step, in layers of different width; one unseen token is not."""
+    folder = write(tmp_path / "trace", meta_of((8, 5), source_layers, vocab_size=16), prompts=40)
+    paths = read_paths([folder], None, 0.1, 0)
+    predictor = small_predictor(paths)
+    assert training.evaluate(predictor, paths, 256)[0] < 0.6
+    start_from_counts(predictor, paths)
+    assert training.evaluate(predictor, paths, 256)[0] == 1.0
+    table = predictor.target_heads.token_table.weight
+    assert table[:16].abs().sum(1).min() > 0
+    assert not table[16].any()  # the row of tokens never seen
 
 
 class Killed(Exception):
