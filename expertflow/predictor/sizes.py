@@ -19,7 +19,7 @@ class PredictorSizes:
     encoder_layers: int = setting(2, "layers of the encoder, where there is one")
     heads: int = setting(4, "attention heads")
     window: int = setting(128, "tokens that a position sees, itself included (paper: 512)")
-    token_rank: int = setting(32, "rank of the residual by token identity; 0 is none (paper: 0)")
+    token_rank: int = setting(64, "rank of the residual by token identity; 0 is none (paper: 0)")
     next_use: bool = setting(True, "learn when each expert is used next, for eviction (paper: no)")
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class TrainSettings:
     learning_rate: float = setting(3e-3, "at its highest, after the warm-up")
     warmup: float = setting(0.03, "share of the schedule in which the learning rate rises")
     weight_decay: float = setting(0.01, "of AdamW, for matrices; tables and norms have none")
-    batch_tokens: int = setting(4096, "tokens per step, padding included")
+    batch_tokens: int = setting(2048, "tokens per step, padding included")
     unknown_share: float = setting(
         0.02, "share of tokens replaced by `never seen`, so that it means something"
     )
