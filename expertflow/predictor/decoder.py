@@ -7,6 +7,7 @@ is, and the keys and values of a stream fit a ring of `window` columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +65,16 @@ class Decoder(nn.Module):
         self.heads, self.window = heads, window
 
     def remember(self, states_BSD: Tensor, mask_BS: Tensor) -> Memory:
-        pairs = [block.cross.keys_values(states_BSD) for block in self.blocks]
+        blocks: Any = self.blocks  # ModuleList does not say what it holds
+        pairs = [block.cross.keys_values(states_BSD) for block in blocks]
         return Memory(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]), mask_BS)
 
     def forward(self, states_BTD: Tensor, mask_BT: Tensor, memory: Memory | None) -> Tensor:
         """All columns at once."""
         columns_T = torch.arange(states_BTD.shape[1], device=states_BTD.device)
         bias = self._bias(columns_T, columns_T, mask_BT)
-        for layer, block in enumerate(self.blocks):
+        blocks: Any = self.blocks
+        for layer, block in enumerate(blocks):
             normed_BTD = block.attention_norm(states_BTD)
             pair = block.attention.keys_values(normed_BTD)
             states_BTD = block.attend_and_feed(states_BTD, normed_BTD, pair, bias, _of_layer(memory, layer))
@@ -102,7 +105,8 @@ class Decoder(nn.Module):
         else:
             columns_M, seen_BM = torch.cat([old_W, new_N]), torch.cat([state.seen_BW, mask_BN], 1)
         bias = self._bias(new_N, columns_M, seen_BM)
-        for layer, block in enumerate(self.blocks):
+        blocks: Any = self.blocks
+        for layer, block in enumerate(blocks):
             normed_BND = block.attention_norm(states_BND)
             keys, values = block.attention.keys_values(normed_BND)
             ring = (state.keys_XBHWF[layer], state.values_XBHWF[layer])

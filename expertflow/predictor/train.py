@@ -335,11 +335,12 @@ def hide_some(
 ) -> TracedBatch:
     """Replace a share of the tokens by the last row of the tables, "never seen"."""
     unknown = predictor.model.vocab_size
-    hidden = [
-        None if ids is None else ids.masked_fill(torch.rand(ids.shape, generator=draw) < share, unknown)
-        for ids in (batch.target_BT, batch.source_BS)
-    ]
-    return batch._replace(target_BT=hidden[0], source_BS=hidden[1])
+
+    def hide(ids: Tensor) -> Tensor:
+        return ids.masked_fill(torch.rand(ids.shape, generator=draw) < share, unknown)
+
+    source_BS = None if batch.source_BS is None else hide(batch.source_BS)
+    return batch._replace(target_BT=hide(batch.target_BT), source_BS=source_BS)
 
 
 def forget_unseen(predictor: RoutingPathPredictor, paths: RoutingPaths) -> None:
@@ -363,7 +364,7 @@ def evaluate(predictor: RoutingPathPredictor, paths: RoutingPaths, batch_tokens:
         logits = predictor(
             batch.target_BT, batch.target_mask_BT, batch.source_BS, batch.source_mask_BS, batch.num_prefill_B
         )
-        sides = [(logits.target_BTLE, batch.target_needed_BTLE, batch.target_mask_BT)]
+        sides: list[Any] = [(logits.target_BTLE, batch.target_needed_BTLE, batch.target_mask_BT)]
         if logits.source_BSLE is not None:
             sides.append((logits.source_BSLE, batch.source_needed_BSLE, batch.source_mask_BS))
         for logits_BTLE, needed_BTLE, mask_BT in sides:
