@@ -22,6 +22,7 @@ import typer
 from expertflow import __version__
 from expertflow.config import Settings, TraceSettings, Tracing, format_bytes
 from expertflow.engine.sampling import SamplingParams
+from expertflow.predictor.sizes import PredictorSizes, TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +109,13 @@ def takes(**groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., A
     return decorate
 
 
-_PANELS = {"settings": "Memory", "sampling": "Sampling", "tracing": "Recording"}
+_PANELS = {
+    "settings": "Memory",
+    "sampling": "Sampling",
+    "tracing": "Recording",
+    "sizes": "Predictor",
+    "training": "Training",
+}
 # `run` streams one answer; n belongs to LLM.generate.
 _NO_FLAG = {"n"}
 
@@ -560,6 +567,35 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=_stderr(), disable=not sys.stderr.isatty()) as bar:
         shown = bar.add_task("recording", total=None)
         yield lambda done, total: bar.update(shown, completed=done, total=total)
+
+
+@app.command()
+@takes(sizes=PredictorSizes, training=TrainSettings)
+def train_predictor(
+    traces: Annotated[
+        list[Path],
+        typer.Argument(metavar="TRACES...", help="folders that `expertflow trace` wrote", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="where the predictor goes")],
+    sizes: dict[str, Any],
+    training: dict[str, Any],
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="train on this task's sequences only", show_default="all tasks"),
+    ] = None,
+) -> None:
+    """Learn from recorded routes which experts a text will need, for prefetching and eviction.
+
+    A run that was interrupted continues when the same command is given again.
+
+    [bold]Example[/bold]
+
+      expertflow train-predictor traces/chat -o predictors/chat --minutes 10
+    """
+    checked = TrainSettings(**training)
+    from expertflow.predictor.train import train_predictor as run_training
+
+    run_training(traces, output, sizes, checked, task=task)
 
 
 @app.command()

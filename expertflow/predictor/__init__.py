@@ -1,0 +1,1 @@
+"""Routing path prediction: which experts the coming tokens will need, known before they are needed."""
