@@ -1,0 +1,211 @@
+"""Running predictors over recorded sequences as they would have run while serving.
+
+A predictor that learns nothing while serving says everything in one call (predictions are causal). One that
+learns is stepped: it predicts a prompt, learns from it, then predicts and learns token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.protocol import (
+    UNKNOWN,
+    LayerPredictor,
+    OnlinePredictor,
+    PathContext,
+    PathPredictor,
+    SourcePredictor,
+)
+from expertflow.trace import TracedSequence
+
+GROUP = 64  # sequences that decode side by side: the largest batch that is measured
+SERVED_AT_ONCE = 8  # sequences that a learning predictor is stepped through together
+
+
+@dataclass(frozen=True)
+class Group:
+    """Up to GROUP sequences of one side, padded so that all decode from column `prefill` on.
+
+    ids_BT int64, mask_BT bool (padding on both sides), routes_BTLK int16 (UNKNOWN in padding). In an encoder
+    everything is prefill. source_BS, source_mask_BS: what the encoder read, when this is the decoder's side.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    routes_BTLK: Tensor
+    prefill: int
+    of_source: bool = False
+    source_BS: Tensor | None = None
+    source_mask_BS: Tensor | None = None
+    ahead_BTLE: Tensor | None = None  # what a predictor of hidden states said, nan at the first layer
+
+    def __len__(self) -> int:
+        return len(self.ids_BT)
+
+    @property
+    def length(self) -> int:
+        return self.ids_BT.shape[1]
+
+    def context(self, end: int, num_new: int, rows: slice = slice(None), routes: bool = True) -> PathContext:
+        """Before the pass over the num_new positions that end at `end`."""
+        return PathContext(
+            target_BT=self.ids_BT[rows, :end],
+            target_mask_BT=self.mask_BT[rows, :end],
+            num_new=num_new,
+            source_BS=None if self.source_BS is None else self.source_BS[rows],
+            source_mask_BS=None if self.source_mask_BS is None else self.source_mask_BS[rows],
+            routes_BTLK=self.routes_BTLK[rows, :end] if routes else None,
+        )
+
+
+def pad(sequences: Sequence[TracedSequence], of_source: bool = False, max_length: int = 1024) -> Group:
+    """One group; prompts are padded on the left, answers on the right. Tokens past max_length are cut."""
+    ids = [_of(s, of_source)[0][:max_length] for s in sequences]
+    routes = [_of(s, of_source)[1][:max_length] for s in sequences]
+    prefills = [len(i) if of_source else min(s.num_prefill, len(i)) for s, i in zip(sequences, ids, strict=True)]
+    prefill = max(prefills)
+    length = prefill + max(len(i) - p for i, p in zip(ids, prefills, strict=True))
+    ids_BT = torch.zeros(len(ids), length, dtype=torch.int64)
+    mask_BT = torch.zeros(len(ids), length, dtype=torch.bool)
+    routes_BTLK = torch.full((len(ids), length, *routes[0].shape[1:]), UNKNOWN, dtype=torch.int32)
+    for row, (i, r, p) in enumerate(zip(ids, routes, prefills, strict=True)):
+        here = slice(prefill - p, prefill - p + len(i))
+        ids_BT[row, here] = torch.from_numpy(i.astype("int64"))
+        mask_BT[row, here] = True
+        routes_BTLK[row, here] = torch.from_numpy(r.astype("int32"))
+    source_BS = source_mask_BS = None
+    if not of_source and len(sequences[0].source_ids_S):
+        sources = [s.source_ids_S[:max_length] for s in sequences]
+        source_BS = torch.zeros(len(ids), max(map(len, sources)), dtype=torch.int64)
+        source_mask_BS = torch.zeros(source_BS.shape, dtype=torch.bool)
+        for row, i in enumerate(sources):
+            source_BS[row, : len(i)] = torch.from_numpy(i.astype("int64"))
+            source_mask_BS[row, : len(i)] = True
+    return Group(ids_BT, mask_BT, routes_BTLK, prefill, of_source, source_BS, source_mask_BS)
+
+
+def _of(sequence: TracedSequence, of_source: bool):  # type: ignore[no-untyped-def]
+    if of_source:
+        return sequence.source_ids_S, sequence.source_routes_SLK
+    return sequence.target_ids_T, sequence.target_routes_TLK
+
+
+def streams(sequences: Sequence[TracedSequence], of_source: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """(token ids_T, routes_TLK) of one side, for the baselines that count."""
+    for sequence in sequences:
+        ids, routes = _of(sequence, of_source)
+        if len(ids):
+            yield torch.from_numpy(ids.astype("int64")), torch.from_numpy(routes.astype("int64"))
+
+
+def all_at_once(predictor: PathPredictor, group: Group) -> Tensor:
+    """p_BTLE of a predictor that learns nothing meanwhile: one call for the prompts, one for the answers."""
+    if group.of_source and isinstance(predictor, SourcePredictor):
+        # A predictor of both sides knows the encoder's tokens as such; they are one prompt, padded in front.
+        context = PathContext(
+            target_BT=group.ids_BT[:, :0],
+            num_new=0,
+            source_BS=group.ids_BT,
+            source_mask_BS=group.mask_BT,
+        )
+        return predictor.predict_source(context)
+    parts = [predictor.predict(group.context(group.prefill, group.prefill))]
+    if group.length > group.prefill:
+        parts.append(predictor.predict(group.context(group.length, group.length - group.prefill)))
+    return torch.cat(parts, dim=1)
+
+
+def layer_by_layer(predictor: LayerPredictor, group: Group, num_experts: int) -> Tensor:
+    """p_BTLE of a predictor that reads the routes of the layer before (SLP); nan at the first layer."""
+    batch, length, layers, top_k = group.routes_BTLK.shape
+    p_BTLE = torch.full((batch, length, layers, num_experts), float("nan"))
+    for layer in range(layers - 1):
+        p_NE = predictor.observe(layer, None, group.routes_BTLK[:, :, layer].reshape(-1, top_k))
+        if p_NE is not None:
+            p_BTLE[:, :, layer + 1] = p_NE.view(batch, length, num_experts)
+    return p_BTLE
+
+
+class Said:
+    """Stands in for a predictor whose p_BTLE is known already, so that stepping costs no second run."""
+
+    def __init__(self, p_BTLE: Tensor):
+        self.p_BTLE = p_BTLE
+        self.rows = slice(None)
+
+    def predict(self, context: PathContext) -> Tensor:
+        end = context.target_BT.shape[1]
+        return self.p_BTLE[self.rows, end - context.num_new : end].float()
+
+
+class SaidAhead:
+    """The same for a LayerPredictor; `p_NLE` are the rows of the pass at hand."""
+
+    def __init__(self) -> None:
+        self.p_NLE: Tensor | None = None
+
+    def observe(self, layer: int, hidden_BD: Tensor | None, routes_BK: Tensor | None) -> Tensor | None:
+        assert self.p_NLE is not None, "the rows of the pass were not set"
+        if layer + 1 >= self.p_NLE.shape[1]:
+            return None
+        return self.p_NLE[:, layer + 1].float()
+
+
+def stepped(
+    predictor: PathPredictor,
+    group: Group,
+    num_experts: int,
+    said: Sequence[Said] = (),
+    ahead: SaidAhead | None = None,
+) -> Tensor:
+    """p_BTLE (float16) of a predictor that learns from every pass, SERVED_AT_ONCE sequences at a time.
+
+    said, ahead: the stand-ins inside the predictor, told here which rows are at work. With `ahead` the
+    probabilities are those known when a layer begins; without it, before the pass.
+    """
+    batch, length, layers, _ = group.routes_BTLK.shape
+    p_BTLE = torch.zeros(batch, length, layers, num_experts, dtype=torch.float16)
+    for first in range(0, batch, SERVED_AT_ONCE):
+        rows = slice(first, min(first + SERVED_AT_ONCE, batch))
+        used = torch.nonzero(group.mask_BT[rows].any(0)).flatten()
+        passes = [(group.prefill, group.prefill)] + [(t + 1, 1) for t in used.tolist() if t >= group.prefill]
+        for end, num_new in passes:
+            new = slice(end - num_new, end)
+            mask_N = group.mask_BT[rows, new].flatten()
+            for source in said:
+                source.rows = rows
+            context = group.context(end, num_new, rows, routes=True)
+            p_BSLE = predictor.predict(context)
+            if ahead is not None and group.ahead_BTLE is not None:
+                p_BSLE = _look_ahead(predictor, group.ahead_BTLE[rows, new], ahead, p_BSLE, mask_N)
+            p_BTLE[rows, new] = p_BSLE.to(torch.float16)
+            if isinstance(predictor, OnlinePredictor):
+                predictor.observe_pass(context, group.routes_BTLK[rows, new])
+    return p_BTLE
+
+
+def _look_ahead(
+    predictor: PathPredictor, ahead_BSLE: Tensor, stand_in: SaidAhead, p_BSLE: Tensor, mask_N: Tensor
+) -> Tensor:
+    assert isinstance(predictor, LayerPredictor), "only a predictor of layers can look ahead"
+    stand_in.p_NLE = ahead_BSLE.flatten(0, 1)[mask_N]
+    p_NLE = p_BSLE.flatten(0, 1).clone()
+    for layer in range(p_NLE.shape[1] - 1):
+        p_NE = predictor.observe(layer, None, None)
+        if p_NE is not None:
+            p_NLE[mask_N, layer + 1] = p_NE
+    return p_NLE.view(p_BSLE.shape)
+
+
+def serve(predictor: PathPredictor, groups: Sequence[Group], num_experts: int) -> None:
+    """Let it learn from these groups; what it says is dropped."""
+    for group in groups:
+        stepped(predictor, group, num_experts)
+
+
+Runner = Callable[[Group], Tensor]  # -> p_BTLE, nan where nothing can be said
