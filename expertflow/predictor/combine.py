@@ -25,7 +25,7 @@ _FORGET = 0.9995  # by token, of the curvature: weights follow a change of subje
 _START_TOKENS = 4.0  # the start counts as this many
 _JUDGE = 0.995  # by token, of the running losses
 # Learning needs no more rows of one pass than this: a prefill of a thousand tokens would cost milliseconds.
-MAX_ROWS = 64
+MAX_ROWS = 32
 
 
 class Mixture:

@@ -52,29 +52,23 @@ class RouteMemory:
     def entry_bytes(ring: int, layers: int, top_k: int, num_experts: int) -> int:
         return ring * layers * top_k * (1 if num_experts < 256 else 2) + 8 + _KEY_BYTES
 
-    def counts(self, key_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted count_NLE of the experts each key used, and the weight_N it has in all; 0 if never seen."""
+    def counts(self, key_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the F keys that were seen: where_F they are in key_N, the weighted count_FLE of the experts they
+        used, and the weight_F they have in all.
+        """
         rows = np.fromiter((self._row_of.get(key, -1) for key in key_N.tolist()), np.int64, len(key_N))
         layers, top_k = self.routes_CRLK.shape[2:]
-        count_NLE = torch.zeros(len(rows), layers, self.num_experts + 1)
-        weight_N = torch.zeros(len(rows))
         found = np.flatnonzero(rows >= 0)
-        if not len(found):
-            return count_NLE[..., :-1], weight_N
         row_F = rows[found]
         seen_F1 = self._seen_C[row_F][:, None]
         place_R = np.arange(self.ring)
         age_FR = (seen_F1 - 1 - place_R) % self.ring
         weight_FR = torch.from_numpy(np.where(place_R < seen_F1, AGEING**age_FR, 0.0)).float()
         routes_FRLK = self.routes_CRLK[torch.from_numpy(row_F)]
-        index_FLN = routes_FRLK.permute(0, 2, 1, 3).reshape(len(found), layers, -1).long()
+        index_FLN = routes_FRLK.permute(0, 2, 1, 3).reshape(len(found), layers, self.ring * top_k).long()
         value_FLN = weight_FR.repeat_interleave(top_k, dim=1)[:, None].expand_as(index_FLN)
-        where = torch.from_numpy(found)
-        count_NLE[where] = torch.zeros(len(found), layers, self.num_experts + 1).scatter_add_(
-            2, index_FLN, value_FLN
-        )
-        weight_N[where] = weight_FR.sum(1)
-        return count_NLE[..., :-1], weight_N
+        count_FLE = torch.zeros(len(found), layers, self.num_experts + 1).scatter_add_(2, index_FLN, value_FLN)
+        return torch.from_numpy(found), count_FLE[..., :-1], weight_FR.sum(1)
 
     def learn(self, key_N: Tensor, routes_NLK: Tensor) -> None:
         """Add one occurrence of each key, in order."""
@@ -136,12 +130,12 @@ class OnlineTokenTable:
         """p_BSLE, and support_BS: how many tokens the longest context has that was seen before, 0 to 3."""
         batch, new = context.target_BT.shape[0], context.num_new
         p_BLE = self._lately(context)
-        p_NLE = p_BLE[:, None].expand(batch, new, *p_BLE.shape[1:]).reshape(-1, *p_BLE.shape[1:])
+        p_NLE = p_BLE.repeat_interleave(new, dim=0)
         support_N = torch.zeros(batch * new, dtype=torch.int64)
         for order, (memory, key_BS) in enumerate(zip(self.memories, self._keys(context), strict=True), start=1):
-            count_NLE, weight_N = memory.counts(key_BS.reshape(-1))
-            p_NLE = (count_NLE + PRIOR * p_NLE) / (weight_N + PRIOR)[:, None, None]
-            support_N[weight_N > 0] = order
+            where_F, count_FLE, weight_F = memory.counts(key_BS.reshape(-1))
+            p_NLE[where_F] = (count_FLE + PRIOR * p_NLE[where_F]) / (weight_F + PRIOR)[:, None, None]
+            support_N[where_F] = order
         return p_NLE.reshape(batch, new, *p_NLE.shape[1:]), support_N.reshape(batch, new)
 
     def observe_pass(self, context: PathContext, routes_BSLK: Tensor) -> None:

@@ -24,13 +24,14 @@ from expertflow.predictor.protocol import (
 from expertflow.trace import TracedSequence
 
 GROUP = 64  # sequences that decode side by side: the largest batch that is measured
-SERVED_AT_ONCE = 8  # sequences that a learning predictor is stepped through together
+PROMPTS_AT_ONCE = 8  # a learning predictor sees this many prompts, learns them, then sees the next
 
 
 @dataclass(frozen=True)
 class Group:
     """Up to GROUP sequences of one side, padded so that all decode from column `prefill` on.
 
+    The longest answers come first, so those still decoding at a step are the first rows.
     ids_BT int64, mask_BT bool (padding on both sides), routes_BTLK int16 (UNKNOWN in padding). In an encoder
     everything is prefill. source_BS, source_mask_BS: what the encoder read, when this is the decoder's side.
     """
@@ -39,6 +40,7 @@ class Group:
     mask_BT: Tensor
     routes_BTLK: Tensor
     prefill: int
+    sequences: tuple[TracedSequence, ...]  # by row
     of_source: bool = False
     source_BS: Tensor | None = None
     source_mask_BS: Tensor | None = None
@@ -65,6 +67,8 @@ class Group:
 
 def pad(sequences: Sequence[TracedSequence], of_source: bool = False, max_length: int = 1024) -> Group:
     """One group; prompts are padded on the left, answers on the right. Tokens past max_length are cut."""
+    answer = {id(s): 0 if of_source else min(len(s.target_ids_T), max_length) - s.num_prefill for s in sequences}
+    sequences = sorted(sequences, key=lambda s: -answer[id(s)])
     ids = [_of(s, of_source)[0][:max_length] for s in sequences]
     routes = [_of(s, of_source)[1][:max_length] for s in sequences]
     prefills = [len(i) if of_source else min(s.num_prefill, len(i)) for s, i in zip(sequences, ids, strict=True)]
@@ -86,7 +90,9 @@ def pad(sequences: Sequence[TracedSequence], of_source: bool = False, max_length
         for row, i in enumerate(sources):
             source_BS[row, : len(i)] = torch.from_numpy(i.astype("int64"))
             source_mask_BS[row, : len(i)] = True
-    return Group(ids_BT, mask_BT, routes_BTLK, prefill, of_source, source_BS, source_mask_BS)
+    return Group(
+        ids_BT, mask_BT, routes_BTLK, prefill, tuple(sequences), of_source, source_BS, source_mask_BS
+    )
 
 
 def _of(sequence: TracedSequence, of_source: bool):  # type: ignore[no-untyped-def]
@@ -163,30 +169,35 @@ def stepped(
     said: Sequence[Said] = (),
     ahead: SaidAhead | None = None,
 ) -> Tensor:
-    """p_BTLE (float16) of a predictor that learns from every pass, SERVED_AT_ONCE sequences at a time.
+    """p_BTLE (float16) of a predictor that learns from every pass: the prompts, then step by step.
 
     said, ahead: the stand-ins inside the predictor, told here which rows are at work. With `ahead` the
     probabilities are those known when a layer begins; without it, before the pass.
     """
     batch, length, layers, _ = group.routes_BTLK.shape
     p_BTLE = torch.zeros(batch, length, layers, num_experts, dtype=torch.float16)
-    for first in range(0, batch, SERVED_AT_ONCE):
-        rows = slice(first, min(first + SERVED_AT_ONCE, batch))
-        used = torch.nonzero(group.mask_BT[rows].any(0)).flatten()
-        passes = [(group.prefill, group.prefill)] + [(t + 1, 1) for t in used.tolist() if t >= group.prefill]
-        for end, num_new in passes:
-            new = slice(end - num_new, end)
+    for rows, end, num_new in _passes(group):
+        new = slice(end - num_new, end)
+        for source in said:
+            source.rows = rows
+        context = group.context(end, num_new, rows)
+        p_BSLE = predictor.predict(context)
+        if ahead is not None and group.ahead_BTLE is not None:
             mask_N = group.mask_BT[rows, new].flatten()
-            for source in said:
-                source.rows = rows
-            context = group.context(end, num_new, rows, routes=True)
-            p_BSLE = predictor.predict(context)
-            if ahead is not None and group.ahead_BTLE is not None:
-                p_BSLE = _look_ahead(predictor, group.ahead_BTLE[rows, new], ahead, p_BSLE, mask_N)
-            p_BTLE[rows, new] = p_BSLE.to(torch.float16)
-            if isinstance(predictor, OnlinePredictor):
-                predictor.observe_pass(context, group.routes_BTLK[rows, new])
+            p_BSLE = _look_ahead(predictor, group.ahead_BTLE[rows, new], ahead, p_BSLE, mask_N)
+        p_BTLE[rows, new] = p_BSLE.to(torch.float16)
+        if isinstance(predictor, OnlinePredictor):
+            predictor.observe_pass(context, group.routes_BTLK[rows, new])
     return p_BTLE
+
+
+def _passes(group: Group) -> Iterator[tuple[slice, int, int]]:
+    """Rows, end and number of new positions of each pass."""
+    for first in range(0, len(group), PROMPTS_AT_ONCE):
+        yield slice(first, min(first + PROMPTS_AT_ONCE, len(group))), group.prefill, group.prefill
+    alive_T = group.mask_BT.sum(0)
+    for t in range(group.prefill, group.length):
+        yield slice(0, int(alive_T[t])), t + 1, 1
 
 
 def _look_ahead(
