@@ -21,7 +21,7 @@ BELOW: dict[str, set[str]] = {
     "trace": {"core"},
     "store": {"core", "config", "trace"},
     "cache": {"core", "config", "trace", "store"},
-    "predictor": {"core", "trace"},
+    "predictor": {"core", "config", "trace"},
     "scheduler": {"core"},
     "sim": {"core", "trace", "cache"},
     "step_time": {"core", "config"},

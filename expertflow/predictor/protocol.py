@@ -28,6 +28,8 @@ class PathContext:
     num_new: the last num_new positions are wanted: 1 in decode, the prompt's length in prefill.
     routes_BTLK: integer routes of the decoder side's MoE layers; UNKNOWN where not known. For a position t
         only entries before t may be used. An id of E means "nowhere" (dropped over capacity).
+    num_prefill_B: target tokens of each row that were known before the first decode step; a predictor that
+        reads the prompt in both directions must know where it ends. None where nobody asks.
     """
 
     target_BT: Tensor
@@ -36,6 +38,7 @@ class PathContext:
     source_BS: Tensor | None = None
     source_mask_BS: Tensor | None = None
     routes_BTLK: Tensor | None = None
+    num_prefill_B: Tensor | None = None
 
     @property
     def new_BS(self) -> Tensor:
