@@ -6,9 +6,10 @@ learns is stepped: it predicts a prompt, learns from it, then predicts and learn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,15 +32,17 @@ PROMPTS_AT_ONCE = 8  # a learning predictor sees this many prompts, learns them,
 class Group:
     """Up to GROUP sequences of one side, padded so that all decode from column `prefill` on.
 
+    In an encoder everything is prefill, padded on the right.
+
     The longest answers come first, so those still decoding at a step are the first rows.
-    ids_BT int64, mask_BT bool (padding on both sides), routes_BTLK int16 (UNKNOWN in padding). In an encoder
-    everything is prefill. source_BS, source_mask_BS: what the encoder read, when this is the decoder's side.
+    ids_BT int64, mask_BT bool (padding on both sides), routes_BTLK int16 (UNKNOWN in padding). source_BS, source_mask_BS: what the encoder read, when this is the decoder's side.
     """
 
     ids_BT: Tensor
     mask_BT: Tensor
     routes_BTLK: Tensor
     prefill: int
+    num_prefill_B: Tensor
     sequences: tuple[TracedSequence, ...]  # by row
     of_source: bool = False
     source_BS: Tensor | None = None
@@ -53,7 +56,7 @@ class Group:
     def length(self) -> int:
         return self.ids_BT.shape[1]
 
-    def context(self, end: int, num_new: int, rows: slice = slice(None), routes: bool = True) -> PathContext:
+    def context(self, end: int, num_new: int, rows: slice = slice(None)) -> PathContext:
         """Before the pass over the num_new positions that end at `end`."""
         return PathContext(
             target_BT=self.ids_BT[rows, :end],
@@ -61,7 +64,8 @@ class Group:
             num_new=num_new,
             source_BS=None if self.source_BS is None else self.source_BS[rows],
             source_mask_BS=None if self.source_mask_BS is None else self.source_mask_BS[rows],
-            routes_BTLK=self.routes_BTLK[rows, :end] if routes else None,
+            routes_BTLK=self.routes_BTLK[rows, :end],
+            num_prefill_B=self.num_prefill_B[rows],
         )
 
 
@@ -78,7 +82,8 @@ def pad(sequences: Sequence[TracedSequence], of_source: bool = False, max_length
     mask_BT = torch.zeros(len(ids), length, dtype=torch.bool)
     routes_BTLK = torch.full((len(ids), length, *routes[0].shape[1:]), UNKNOWN, dtype=torch.int32)
     for row, (i, r, p) in enumerate(zip(ids, routes, prefills, strict=True)):
-        here = slice(prefill - p, prefill - p + len(i))
+        start = 0 if of_source else prefill - p
+        here = slice(start, start + len(i))
         ids_BT[row, here] = torch.from_numpy(i.astype("int64"))
         mask_BT[row, here] = True
         routes_BTLK[row, here] = torch.from_numpy(r.astype("int32"))
@@ -91,11 +96,19 @@ def pad(sequences: Sequence[TracedSequence], of_source: bool = False, max_length
             source_BS[row, : len(i)] = torch.from_numpy(i.astype("int64"))
             source_mask_BS[row, : len(i)] = True
     return Group(
-        ids_BT, mask_BT, routes_BTLK, prefill, tuple(sequences), of_source, source_BS, source_mask_BS
+        ids_BT,
+        mask_BT,
+        routes_BTLK,
+        prefill,
+        torch.tensor(prefills),
+        tuple(sequences),
+        of_source,
+        source_BS,
+        source_mask_BS,
     )
 
 
-def _of(sequence: TracedSequence, of_source: bool):  # type: ignore[no-untyped-def]
+def _of(sequence: TracedSequence, of_source: bool) -> tuple[np.ndarray, np.ndarray]:
     if of_source:
         return sequence.source_ids_S, sequence.source_routes_SLK
     return sequence.target_ids_T, sequence.target_routes_TLK
@@ -112,18 +125,30 @@ def streams(sequences: Sequence[TracedSequence], of_source: bool) -> Iterator[tu
 def all_at_once(predictor: PathPredictor, group: Group) -> Tensor:
     """p_BTLE of a predictor that learns nothing meanwhile: one call for the prompts, one for the answers."""
     if group.of_source and isinstance(predictor, SourcePredictor):
-        # A predictor of both sides knows the encoder's tokens as such; they are one prompt, padded in front.
+        nothing_B0 = group.ids_BT[:, :0]
         context = PathContext(
-            target_BT=group.ids_BT[:, :0],
-            num_new=0,
-            source_BS=group.ids_BT,
-            source_mask_BS=group.mask_BT,
+            target_BT=nothing_B0, num_new=0, source_BS=group.ids_BT, source_mask_BS=group.mask_BT
         )
         return predictor.predict_source(context)
-    parts = [predictor.predict(group.context(group.prefill, group.prefill))]
-    if group.length > group.prefill:
-        parts.append(predictor.predict(group.context(group.length, group.length - group.prefill)))
-    return torch.cat(parts, dim=1)
+    prompts = predictor.predict(group.context(group.prefill, group.prefill))
+    if group.length == group.prefill:
+        return prompts
+    # The Protocol pads on the left only: every row is moved right until its answer ends at the end.
+    column_T = torch.arange(group.length)
+    shift_B = group.length - 1 - (column_T * group.mask_BT).amax(1)
+    from_BT = column_T - shift_B[:, None]
+    inside_BT = from_BT >= 0
+    from_BT = from_BT.clamp(min=0)
+    routes_BTLK = group.routes_BTLK[torch.arange(len(group))[:, None], from_BT]
+    shifted = replace(
+        group.context(group.length, group.length - group.prefill),
+        target_BT=group.ids_BT.gather(1, from_BT),
+        target_mask_BT=group.mask_BT.gather(1, from_BT) & inside_BT,
+        routes_BTLK=routes_BTLK.masked_fill(~inside_BT[:, :, None, None], UNKNOWN),
+    )
+    answers = predictor.predict(shifted)
+    back_BS = (torch.arange(answers.shape[1]) + shift_B[:, None]).clamp(max=answers.shape[1] - 1)
+    return torch.cat([prompts, answers[torch.arange(len(group))[:, None], back_BS]], dim=1)
 
 
 def layer_by_layer(predictor: LayerPredictor, group: Group, num_experts: int) -> Tensor:
@@ -217,6 +242,3 @@ def serve(predictor: PathPredictor, groups: Sequence[Group], num_experts: int) -
     """Let it learn from these groups; what it says is dropped."""
     for group in groups:
         stepped(predictor, group, num_experts)
-
-
-Runner = Callable[[Group], Tensor]  # -> p_BTLE, nan where nothing can be said
