@@ -64,6 +64,37 @@ class Settings:
         return [entry.name for entry in fields(cls)]
 
 
+@dataclass(frozen=True)
+class TraceSettings(Settings):
+    """Settings, with more sequences at once: nobody waits for the first token of a recording."""
+
+    batch: int = setting(8, "sequences that run at once")
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What `expertflow trace` records. Immutable; wrong values raise ValueError with the limit."""
+
+    prompts: int = setting(10_000, "prompts to take from the beginning of the data set")
+    runs: int = setting(3, "sampled answers to each prompt")
+    max_tokens: int = setting(64, "end an answer after this many tokens")
+    temperature: float = setting(1.0, "randomness of the answers; 0 is greedy, and then one run is enough")
+    seed: int = setting(0, "of the answers: the same seed gives the same recording")
+    teacher_forced: bool = setting(
+        False, "run the data set's own response in one pass instead of sampling answers: fast, one run"
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompts", 1), ("runs", 1), ("max_tokens", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature!r} must be finite and not below 0 (greedy)")
+        if self.temperature == 0 and self.runs > 1 and not self.teacher_forced:
+            raise ValueError(f"runs={self.runs} at temperature=0 would be alike; give runs=1 (--runs 1)")
+
+
 _UNITS = {
     "b": 1,
     **{prefix + "b": 1000**power for power, prefix in enumerate("kmgt", 1)},

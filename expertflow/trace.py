@@ -374,9 +374,22 @@ def _decode(meta: TraceMeta, raw: bytes, where: str, keep_weights: bool) -> Trac
                 weights = steps.astype(np.float32) * np.float32(largest / 255)
             begin += 4 + routed
         # Copies: a view would keep the whole record alive, weights that nobody asked for too.
-        streams += [ids.astype(np.int32), routes.copy(), weights]
+        streams.append((ids.astype(np.int32), routes.copy(), weights))
     task = raw[_PAYLOAD.size : _PAYLOAD.size + task_size].decode(errors="replace")
-    sequence = TracedSequence(prompt, run, SPLITS[split], task, *streams, num_prefill=num_prefill)
+    (source_ids, source_routes, source_weights), (target_ids, target_routes, target_weights) = streams
+    sequence = TracedSequence(
+        prompt=prompt,
+        run=run,
+        split=SPLITS[split],
+        task=task,
+        source_ids_S=source_ids,
+        source_routes_SLK=source_routes,
+        source_weights_SLK=source_weights,
+        target_ids_T=target_ids,
+        target_routes_TLK=target_routes,
+        target_weights_TLK=target_weights,
+        num_prefill=num_prefill,
+    )
     check_sequence(meta, sequence, where)
     return sequence
 

@@ -64,7 +64,7 @@ def test_help_teaches_and_imports_no_torch() -> None:
             assert entry.metadata["help"].split()[0] in found.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "check", "stats", "demo"])
+@pytest.mark.parametrize("command", ["run", "plan", "check", "trace", "stats", "demo"])
 def test_every_command_has_help(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0

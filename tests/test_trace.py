@@ -8,6 +8,7 @@ import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,14 +26,14 @@ def random_sequence(
 ) -> TracedSequence:  # fmt: skip
     rng = np.random.default_rng(seed)
     experts = np.array(meta.experts_per_layer)
-    streams: list[np.ndarray | None] = []
+    streams: list[Any] = []
     for tokens, limits in ((source, experts[: meta.source_layers]), (target, experts[meta.source_layers :])):
         shape = (tokens, len(limits), meta.top_k)
         streams.append(rng.integers(0, meta.vocab_size, tokens, dtype=np.int32))
         streams.append(rng.integers(0, limits[None, :, None] + 1, shape).astype(meta.route_dtype))
         streams.append(rng.random(shape, dtype=np.float32) * 2.5 if weights else None)
     split = "test" if prompt % 3 == 2 else "train"
-    return TracedSequence(prompt, run, split, f"tâche {prompt % 2}", *streams, num_prefill=target // 2)  # type: ignore[arg-type]
+    return TracedSequence(prompt, run, split, f"tâche {prompt % 2}", *streams, target // 2)
 
 
 def same(a: TracedSequence, b: TracedSequence) -> bool:
@@ -199,7 +200,7 @@ def test_an_interrupted_append_leaves_no_half_record(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path, META)
 
     class Interrupted:
-        def __init__(self, file):
+        def __init__(self, file: Any):
             self.file = file
             self.writes = 0
 
@@ -209,7 +210,7 @@ def test_an_interrupted_append_leaves_no_half_record(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return self.file.write(piece[:10])
 
-        def __getattr__(self, name: str):
+        def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
 
     file, writer._file = writer._file, Interrupted(writer._file)  # type: ignore[assignment]

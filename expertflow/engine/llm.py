@@ -19,7 +19,7 @@ from expertflow.cache.stats import CacheStats
 from expertflow.config import Settings, format_bytes
 from expertflow.engine.interrupts import Interrupts
 from expertflow.engine.request import RequestOutput, Row, TextStream
-from expertflow.engine.runner import decode
+from expertflow.engine.runner import decode, read_pairs
 from expertflow.engine.sampling import SamplingParams
 from expertflow.engine.source import model_class, read_config, resolve_model
 from expertflow.models.attach import ExpertFlowConfig, LoadedExperts
@@ -137,6 +137,10 @@ class LLM:
             [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
         )
         return list(encoded["input_ids"])
+
+    def read_pairs(self, sources: Sequence[list[int]], targets: Sequence[list[int]]) -> None:
+        """Run an encoder-decoder over token ids and their known answers (start token first), as one batch."""
+        read_pairs(self.model, sources, targets, self._pad_token, self._interrupts)
 
     def reset_stats(self) -> None:
         self.experts.cache.reset_stats()

@@ -31,14 +31,7 @@ def decode(
     tokens in order until their capacity is full, so padding must come last.
     """
     seq2seq = model.config.is_encoder_decoder
-    longest = max(len(row.prompt_ids) for row in rows)
-    input_ids_BT = torch.full((len(rows), longest), pad_token)
-    mask_BT = torch.zeros_like(input_ids_BT)
-    for index, row in enumerate(rows):
-        length = len(row.prompt_ids)
-        place = slice(0, length) if seq2seq else slice(longest - length, longest)
-        input_ids_BT[index, place] = torch.tensor(row.prompt_ids)
-        mask_BT[index, place] = 1
+    input_ids_BT, mask_BT = _padded([row.prompt_ids for row in rows], pad_token, right=seq2seq)
 
     def decode_loop(
         model: GenerativeModel,
@@ -61,6 +54,43 @@ def decode(
             custom_generate=decode_loop,
         )
     yield from steps
+
+
+@torch.no_grad()
+def read_pairs(
+    model: GenerativeModel,
+    sources: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    pad_token: int,
+    interrupts: Interrupts,
+) -> None:
+    """One pass of an encoder-decoder over texts and known answers, start token included; for its routes.
+
+    Padding is on the right on both sides: experts of limited capacity take tokens in order.
+    """
+    (source_BS, source_mask_BS), (target_BT, target_mask_BT) = (
+        _padded(sequences, pad_token, right=True) for sequences in (sources, targets)
+    )
+    with interrupts.deferred():
+        model(
+            input_ids=source_BS,
+            attention_mask=source_mask_BS,
+            decoder_input_ids=target_BT,
+            decoder_attention_mask=target_mask_BT,
+            use_cache=False,
+        )
+
+
+def _padded(sequences: Sequence[Sequence[int]], pad_token: int, *, right: bool) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both [B, T], T the longest of the sequences."""
+    longest = max(map(len, sequences))
+    ids_BT = torch.full((len(sequences), longest), pad_token)
+    mask_BT = torch.zeros_like(ids_BT)
+    for index, ids in enumerate(sequences):
+        place = slice(0, len(ids)) if right else slice(longest - len(ids), longest)
+        ids_BT[index, place] = torch.tensor(ids)
+        mask_BT[index, place] = 1
+    return ids_BT, mask_BT
 
 
 @torch.no_grad()

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from expertflow.models.lookahead import LookAhead
 
 
+# (layer, index_TK, weight_TK), as run_experts gets them; to be read, not changed.
+Recorder = Callable[[int, Tensor, Tensor], None]
+
+
 @dataclass(slots=True)
 class Attachment:
     """What an experts module of a loaded model hangs on to: its cache and its number there."""
@@ -29,6 +33,7 @@ class Attachment:
     num_experts: int
     stored_transposed: frozenset[str] = frozenset()
     look_ahead: LookAhead | None = None  # what predicts the next layer
+    recorder: Recorder | None = None  # is told every routing of this layer (capture.py)
 
 
 Multiply = Callable[[Tensor, Weights], Tensor]
@@ -45,6 +50,8 @@ def run_experts(
     """
     num_tokens, top_k = index_TK.shape
     assert attachment.cache is not None, "a forward pass before the weights were loaded"
+    if attachment.recorder is not None:
+        attachment.recorder(attachment.layer, index_TK, weight_TK)
     if num_tokens == 0:
         return hidden_TD.clone()
     positions_of: dict[int, list[int]] = {}  # of T*K, by expert
