@@ -181,7 +181,7 @@ def _said(
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Name and p_BTLE of each group, of every predictor there is."""
     layers, experts = side.layers, side.num_experts
-    yield "TLP", [replay.all_at_once(TLP(experts), group) for group in groups]
+    yield "TLP", [_tlp(group, experts) for group in groups]
     yield "SLP", [replay.layer_by_layer(SLP(experts), group, experts) for group in groups]
     yield "popularity", [replay.all_at_once(fitted.popularity, group) for group in groups]
     yield "token table", [replay.all_at_once(fitted.token_table, group) for group in groups]
@@ -201,6 +201,13 @@ def _said(
         yield f"{name} + online table", _stepped([alone], side, groups, warm, None)
         if ahead is not None:
             yield f"{name} + online table + look-ahead", _stepped([alone], side, groups, warm, ahead)
+
+
+def _tlp(group: Group, num_experts: int) -> Tensor:
+    """A prompt has no step before."""
+    p_BTLE = replay.all_at_once(TLP(num_experts), group)
+    p_BTLE[:, : group.prefill] = float("nan")
+    return p_BTLE
 
 
 def _stepped(
@@ -285,9 +292,9 @@ def judge(rows: Rows, conditions: Conditions) -> dict[str, Any]:
     picked = torch.linspace(0, len(recall) - 1, CURVE_POINTS).long()
     return silent | {
         "threshold": threshold,
-        "recall_equal_budget": budget.recall,
-        "recall_equal_budget_by_layer": budget.recall_L.tolist(),
-        "calibration_error": histogram.expected_calibration_error(),
+        "recall_equal_budget": _number(budget.recall),
+        "recall_equal_budget_by_layer": _list(budget.recall_L),
+        "calibration_error": _number(histogram.expected_calibration_error()),
         "reliability": {"said": _list(said), "came_true": _list(came_true), "count": _list(count)},
         "curve": {"precision": _list(precision[picked]), "recall": _list(recall[picked])},
         "batches": _by_batch(rows, layers, threshold, conditions),
@@ -295,8 +302,12 @@ def judge(rows: Rows, conditions: Conditions) -> dict[str, Any]:
 
 
 def _list(values: Tensor) -> list[float | None]:
+    return [_number(value) for value in values.tolist()]
+
+
+def _number(value: float) -> float | None:
     """JSON knows no nan."""
-    return [None if value != value else round(value, 6) for value in values.tolist()]
+    return None if value != value else round(value, 6)
 
 
 def _by_batch(rows: Rows, layers: Tensor, threshold: float, conditions: Conditions) -> dict[str, Any]:
@@ -341,11 +352,11 @@ def _judge_batches(p_NLE: Tensor, truth_NLE: Tensor, members_Bn: Tensor, thresho
     batches = len(members_Bn)
     return {
         "batches": batches,
-        "accuracy": accuracy_L.nanmean().item(),
+        "accuracy": _number(accuracy_L.nanmean().item()),
         "accuracy_by_layer": _list(accuracy_L),
-        "precision": at_threshold.precision,
+        "precision": _number(at_threshold.precision),
         "precision_by_layer": _list(at_threshold.precision_L),
-        "recall_equal_budget": budget.recall,
+        "recall_equal_budget": _number(budget.recall),
         "recall_equal_budget_by_layer": _list(budget.recall_L),
         "experts_active": at_threshold.active_L.sum().item() / batches,
         "experts_wasted": at_threshold.bytes_wasted(1) / batches,

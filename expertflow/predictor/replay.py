@@ -130,7 +130,10 @@ def all_at_once(predictor: PathPredictor, group: Group) -> Tensor:
             target_BT=nothing_B0, num_new=0, source_BS=group.ids_BT, source_mask_BS=group.mask_BT
         )
         return predictor.predict_source(context)
-    prompts = predictor.predict(group.context(group.prefill, group.prefill))
+    # Within a prompt, which runs in one pass, no route is known beforehand.
+    unknown = torch.full_like(group.routes_BTLK[:, : group.prefill], UNKNOWN)
+    context = replace(group.context(group.prefill, group.prefill), routes_BTLK=unknown)
+    prompts = predictor.predict(context)
     if group.length == group.prefill:
         return prompts
     # The Protocol pads on the left only: every row is moved right until its answer ends at the end.

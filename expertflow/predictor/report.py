@@ -56,13 +56,17 @@ def _cells(row: dict[str, Any], scale: float) -> list[str]:
     if "threshold" not in row:
         return ["-"] * 7
     batch = row["batches"].get(_BATCH)
-    cells = [f"{row['recall_equal_budget']:.3f}"]
+    cells = [_share(row["recall_equal_budget"])]
     if batch is None:
         cells += ["-"] * 5
     else:
-        cells += [f"{batch[name]:.3f}" for name in ("recall_equal_budget", "accuracy", "precision")]
+        cells += [_share(batch[name]) for name in ("recall_equal_budget", "accuracy", "precision")]
         cells += [f"{batch[name] * scale:.1f}" for name in ("experts_wasted", "experts_missed")]
-    return [*cells, f"{row['calibration_error']:.3f}"]
+    return [*cells, _share(row["calibration_error"])]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 LEGEND = (

@@ -60,7 +60,7 @@ def sequences(
                 target_ids_T=ids,
                 target_routes_TLK=routes_of(ids, rng),
                 target_weights_TLK=None,
-                num_prefill=1 if source_layers else int(rng.integers(2, 6)),
+                num_prefill=1 if source_layers else int(rng.integers(4, 8)),
             )
         )
     return found
