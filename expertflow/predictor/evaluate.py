@@ -180,7 +180,7 @@ def _said(
     hidden: HiddenPredictors | None,
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Name and p_BTLE of each group, of every predictor there is."""
-    layers, experts = side.layers, side.num_experts
+    experts = side.num_experts
     yield "TLP", [_tlp(group, experts) for group in groups]
     yield "SLP", [replay.layer_by_layer(SLP(experts), group, experts) for group in groups]
     yield "popularity", [replay.all_at_once(fitted.popularity, group) for group in groups]
@@ -285,7 +285,8 @@ def judge(rows: Rows, conditions: Conditions) -> dict[str, Any]:
         histogram = part if histogram is None else histogram + part
         guessed = guesses_at_equal_budget(p_NLE, truth_NLE)
         budget = guessed if budget is None else budget + guessed
-    assert histogram is not None and budget is not None
+    assert histogram is not None
+    assert budget is not None
     threshold = histogram.break_even()
     said, came_true, count = histogram.reliability()
     _, precision, recall = histogram.precision_recall()
@@ -347,7 +348,8 @@ def _judge_batches(p_NLE: Tensor, truth_NLE: Tensor, members_Bn: Tensor, thresho
         budget = part if budget is None else budget + part
         at_threshold = threshed if at_threshold is None else at_threshold + threshed
         accuracy.append(accuracy_by_row(truth_BLE, predicted_BLE))
-    assert budget is not None and at_threshold is not None
+    assert budget is not None
+    assert at_threshold is not None
     accuracy_L = torch.cat(accuracy).nanmean(0)
     batches = len(members_Bn)
     return {

@@ -32,7 +32,9 @@ class GateLookAhead:
     No training. It knows nothing of the first layer, little of the second, and much of the deep ones.
     """
 
-    def __init__(self, weight_LED: Sequence[Tensor], top_k: int, bias_LE: Sequence[Tensor | None] | None = None):
+    def __init__(
+        self, weight_LED: Sequence[Tensor], top_k: int, bias_LE: Sequence[Tensor | None] | None = None
+    ):
         """The routers' weights by MoE layer, E x D each, and their biases where they have any."""
         self.weight_LED = [weight.float() for weight in weight_LED]
         self.bias_LE = list(bias_LE) if bias_LE is not None else [None] * len(self.weight_LED)
@@ -61,7 +63,9 @@ class PreGate(nn.Module):
         super().__init__()
         self.num_experts = experts
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, inner), nn.ReLU(), nn.Linear(inner, experts))
+            nn.Sequential(
+                nn.LayerNorm(hidden), nn.Linear(hidden, inner), nn.ReLU(), nn.Linear(inner, experts)
+            )
             for _ in range(layers - 1)
         )
 

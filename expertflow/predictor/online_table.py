@@ -67,7 +67,9 @@ class RouteMemory:
         routes_FRLK = self.routes_CRLK[torch.from_numpy(row_F)]
         index_FLN = routes_FRLK.permute(0, 2, 1, 3).reshape(len(found), layers, self.ring * top_k).long()
         value_FLN = weight_FR.repeat_interleave(top_k, dim=1)[:, None].expand_as(index_FLN)
-        count_FLE = torch.zeros(len(found), layers, self.num_experts + 1).scatter_add_(2, index_FLN, value_FLN)
+        count_FLE = torch.zeros(len(found), layers, self.num_experts + 1).scatter_add_(
+            2, index_FLN, value_FLN
+        )
         return torch.from_numpy(found), count_FLE[..., :-1], weight_FR.sum(1)
 
     def learn(self, key_N: Tensor, routes_NLK: Tensor) -> None:
@@ -114,7 +116,9 @@ class OnlineTokenTable:
             RouteMemory(share // entry, ring, layers, top_k, num_experts)
             for entry, ring in zip(entries, RINGS, strict=True)
         ]
-        self.nbytes = sum(memory.capacity * entry for memory, entry in zip(self.memories, entries, strict=True))
+        self.nbytes = sum(
+            memory.capacity * entry for memory, entry in zip(self.memories, entries, strict=True)
+        )
         self.num_experts = num_experts
         self._used_LE = torch.full((layers, num_experts), _START_TOKENS * top_k / num_experts)
         self._tokens = _START_TOKENS
@@ -132,7 +136,9 @@ class OnlineTokenTable:
         p_BLE = self._lately(context)
         p_NLE = p_BLE.repeat_interleave(new, dim=0)
         support_N = torch.zeros(batch * new, dtype=torch.int64)
-        for order, (memory, key_BS) in enumerate(zip(self.memories, self._keys(context), strict=True), start=1):
+        for order, (memory, key_BS) in enumerate(
+            zip(self.memories, self._keys(context), strict=True), start=1
+        ):
             where_F, count_FLE, weight_F = memory.counts(key_BS.reshape(-1))
             p_NLE[where_F] = (count_FLE + PRIOR * p_NLE[where_F]) / (weight_F + PRIOR)[:, None, None]
             support_N[where_F] = order

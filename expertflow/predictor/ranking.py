@@ -46,7 +46,9 @@ def pairwise_accuracy(score_N: Tensor, next_use_N: Tensor) -> tuple[float, int]:
     pairs = int(sooner.sum())
     if pairs == 0:
         return float("nan"), 0
-    right = (score_N[:, None] > score_N[None, :]).float() + 0.5 * (score_N[:, None] == score_N[None, :]).float()
+    right = (score_N[:, None] > score_N[None, :]).float() + 0.5 * (
+        score_N[:, None] == score_N[None, :]
+    ).float()
     return (right * sooner).sum().item() / pairs, pairs
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.protocol import (
     UNKNOWN,
     LayerPredictor,
@@ -35,7 +34,8 @@ class Group:
     In an encoder everything is prefill, padded on the right.
 
     The longest answers come first, so those still decoding at a step are the first rows.
-    ids_BT int64, mask_BT bool (padding on both sides), routes_BTLK int16 (UNKNOWN in padding). source_BS, source_mask_BS: what the encoder read, when this is the decoder's side.
+    ids_BT int64, mask_BT bool (padding on both sides), routes_BTLK int32 (UNKNOWN in padding).
+    source_BS, source_mask_BS: what the encoder read, when this is the decoder's side.
     """
 
     ids_BT: Tensor
@@ -71,11 +71,15 @@ class Group:
 
 def pad(sequences: Sequence[TracedSequence], of_source: bool = False, max_length: int = 1024) -> Group:
     """One group; prompts are padded on the left, answers on the right. Tokens past max_length are cut."""
-    answer = {id(s): 0 if of_source else min(len(s.target_ids_T), max_length) - s.num_prefill for s in sequences}
+    answer = {
+        id(s): 0 if of_source else min(len(s.target_ids_T), max_length) - s.num_prefill for s in sequences
+    }
     sequences = sorted(sequences, key=lambda s: -answer[id(s)])
     ids = [_of(s, of_source)[0][:max_length] for s in sequences]
     routes = [_of(s, of_source)[1][:max_length] for s in sequences]
-    prefills = [len(i) if of_source else min(s.num_prefill, len(i)) for s, i in zip(sequences, ids, strict=True)]
+    prefills = [
+        len(i) if of_source else min(s.num_prefill, len(i)) for s, i in zip(sequences, ids, strict=True)
+    ]
     prefill = max(prefills)
     length = prefill + max(len(i) - p for i, p in zip(ids, prefills, strict=True))
     ids_BT = torch.zeros(len(ids), length, dtype=torch.int64)

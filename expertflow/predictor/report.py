@@ -90,11 +90,15 @@ def save_figures(found: dict[str, Any], folder: Path) -> list[Path]:
     for side, phase in dict.fromkeys((row["side"], row["phase"]) for row in found["results"]):
         panels = [(key[0], rows) for key, rows in cases(found) if key[1:] == (side, phase)]
         for name, draw in (("accuracy", _accuracy), ("curves", _curve), ("calibration", _calibration)):
-            written += _save(panels, draw, folder / f"{name}-{side}-{phase}", f"{found['model']}, {phase}, {side}")
+            written += _save(
+                panels, draw, folder / f"{name}-{side}-{phase}", f"{found['model']}, {phase}, {side}"
+            )
     return written
 
 
-def _save(panels: Sequence[tuple[str, list[dict[str, Any]]]], draw: Any, stem: Path, title: str) -> list[Path]:
+def _save(
+    panels: Sequence[tuple[str, list[dict[str, Any]]]], draw: Any, stem: Path, title: str
+) -> list[Path]:
     # Figure without pyplot: no global state, no display.
     from matplotlib.figure import Figure
 

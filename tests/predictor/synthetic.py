@@ -22,7 +22,9 @@ def meta(source_layers: int = 0, fingerprint: str = "0123456789abcdef") -> Trace
     )
 
 
-def routes_of(ids: np.ndarray, rng: np.random.Generator, noise: float = 0.2, layers: int = LAYERS) -> np.ndarray:
+def routes_of(
+    ids: np.ndarray, rng: np.random.Generator, noise: float = 0.2, layers: int = LAYERS
+) -> np.ndarray:
     """Two different experts by token and layer; the second depends on the token before as well."""
     before = np.concatenate([[0], ids[:-1]])
     layer = np.arange(layers)

@@ -66,7 +66,9 @@ def test_the_future_changes_nothing(name, group):
     context = group.context(t + 1, 1)
     routes = context.routes_BTLK.clone()
     routes[:, t] = UNKNOWN
-    changed = PathContext(target_BT=context.target_BT, target_mask_BT=context.target_mask_BT, routes_BTLK=routes)
+    changed = PathContext(
+        target_BT=context.target_BT, target_mask_BT=context.target_mask_BT, routes_BTLK=routes
+    )
     torch.testing.assert_close(predictor.predict(context), predictor.predict(changed))
 
 

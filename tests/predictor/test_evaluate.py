@@ -51,7 +51,9 @@ def found(recorded):
 
 
 def row_of(found, predictor, task="chat", phase="decode"):
-    rows = [r for r in found["results"] if (r["predictor"], r["task"], r["phase"]) == (predictor, task, phase)]
+    rows = [
+        r for r in found["results"] if (r["predictor"], r["task"], r["phase"]) == (predictor, task, phase)
+    ]
     assert len(rows) == 1
     return rows[0]
 
@@ -76,7 +78,8 @@ def test_who_knows_is_perfect_and_the_others_are_not(found):
         assert batch["experts_wasted"] == batch["experts_missed"] == 0
     assert row_of(found, "mine", phase="prefill")["recall_equal_budget"] == 1.0
     recall = {
-        name: row_of(found, name)["recall_equal_budget"] for name in ("TLP", "SLP", "popularity", "token table")
+        name: row_of(found, name)["recall_equal_budget"]
+        for name in ("TLP", "SLP", "popularity", "token table")
     }
     assert recall["token table"] > max(recall["TLP"], recall["SLP"], recall["popularity"]) + 0.1
     assert recall["token table"] < 0.9
@@ -121,7 +124,9 @@ def test_a_batch_is_judged_by_the_papers_formula():
     got = judge(rows, Conditions(batches=(4,)))
     threshold = got["threshold"]
     expected = [
-        metrics.batch_accuracy(truth[first : first + 4].any(0), (p[first : first + 4].float() > threshold).any(0))
+        metrics.batch_accuracy(
+            truth[first : first + 4].any(0), (p[first : first + 4].float() > threshold).any(0)
+        )
         for first in range(0, 24, 4)
     ]
     # Every layer is active in every batch here, so the order of the means does not matter.
@@ -132,9 +137,9 @@ def test_a_batch_is_judged_by_the_papers_formula():
 
 def test_the_seed_decides_the_batches(recorded):
     both = [
-        evaluate(
-            synthetic.meta(), recorded, {}, ["chat"], ["chat"], conditions=replace(SMALL, seed=seed)
-        )["results"]
+        evaluate(synthetic.meta(), recorded, {}, ["chat"], ["chat"], conditions=replace(SMALL, seed=seed))[
+            "results"
+        ]
         for seed in (0, 0, 1)
     ]
     assert both[0] == both[1]
@@ -155,7 +160,9 @@ def test_more_tokens_served_before_help_the_online_table(recorded):
 
 
 def test_max_tokens_bounds_the_work(recorded):
-    some = evaluate(synthetic.meta(), recorded, {}, ["chat"], ["chat"], Conditions(batches=(1,), max_tokens=40))
+    some = evaluate(
+        synthetic.meta(), recorded, {}, ["chat"], ["chat"], Conditions(batches=(1,), max_tokens=40)
+    )
     assert row_of(some, "TLP")["tokens"] < 60
 
 
@@ -167,7 +174,7 @@ def test_an_encoder_is_a_side_of_its_own():
         ("decoder", "prefill"),
         ("encoder", "prefill"),
     }
-    table = [r for r in found["results"] if r["side"] == "encoder" and r["predictor"] == "token table"][0]
+    table = next(r for r in found["results"] if r["side"] == "encoder" and r["predictor"] == "token table")
     assert table["layers"] == [0, 1]
     assert table["tokens"] == sum(len(s.source_ids_S) for s in recorded if s.split == "test")
     assert table["recall_equal_budget"] > 0.5
@@ -229,5 +236,9 @@ def test_tables_and_figures(found, tmp_path):
     costs = [next(report.tables(found, size)).columns[5] for size in (None, 2_000_000)]
     assert (costs[0].header, costs[1].header) == ("wasted experts", "wasted MB")
     files = {file.name for file in report.save_figures(found, tmp_path)}
-    assert {"accuracy-decoder-decode.png", "accuracy-decoder-decode.svg", "curves-decoder-decode.png"} <= files
+    assert {
+        "accuracy-decoder-decode.png",
+        "accuracy-decoder-decode.svg",
+        "curves-decoder-decode.png",
+    } <= files
     assert all((tmp_path / file).stat().st_size > 1000 for file in files)
