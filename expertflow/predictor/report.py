@@ -34,19 +34,11 @@ def tables(found: dict[str, Any], expert_bytes: int | None = None) -> Iterator[T
     scale = 1.0 if expert_bytes is None else expert_bytes / 1e6
     for (task, side, phase), rows in cases(found):
         domain = "in-domain" if rows[0]["in_domain"] else "cross-domain"
-        title = f"{task} ({domain}), {phase}, {side}: {rows[0]['tokens']} tokens"
+        title = f"{task} ({domain}), {phase}, {side}: {rows[0]['tokens']} tokens; wasted and missed in {unit}"
         table = Table(title=title, title_justify="left")
-        table.add_column("predictor", no_wrap=True)
-        for column in (
-            "token recall",
-            f"batch of {_BATCH}",
-            f"accuracy ({_BATCH})",
-            "precision",
-            f"wasted {unit}",
-            f"missed {unit}",
-            "calibration error",
-        ):
-            table.add_column(column, justify="right")
+        table.add_column("predictor")
+        for column in ("token", f"batch {_BATCH}", "accuracy", "precision", "wasted", "missed", "ECE"):
+            table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             table.add_row(row["predictor"], *_cells(row, scale))
         yield table
@@ -70,10 +62,10 @@ def _share(value: float | None) -> str:
 
 
 LEGEND = (
-    f"token recall and batch of {_BATCH}: at equal budget, as many predicted as active; accuracy ({_BATCH}): the "
-    f"paper's batch-level accuracy, precision beside it, at the threshold where a token's precision equals its "
-    f"recall; wasted, missed: by batch and step. SLP, look-ahead and pre-gate say nothing of the first layer: "
-    f"their figures leave it out"
+    f"token, batch {_BATCH}: recall at equal budget, as many predicted as active. accuracy: the paper's batch-level "
+    f"accuracy for batches of {_BATCH}, its precision beside it, at the threshold where a token's precision equals "
+    f"its recall. wasted, missed: by batch and step, at that threshold. ECE: calibration error. SLP, look-ahead "
+    f"and pre-gate say nothing of the first layer: their figures leave it out."
 )
 
 

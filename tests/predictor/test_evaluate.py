@@ -16,7 +16,7 @@ from expertflow.predictor.evaluate import Conditions, Rows, evaluate, judge
 from tests.predictor import synthetic
 from tests.predictor.synthetic import EXPERTS, LAYERS
 
-SMALL = Conditions(batches=(1, 2, 4))
+SMALL = Conditions(batches=(1, 4, 8))
 
 
 class Knows:
@@ -233,8 +233,11 @@ def test_tables_and_figures(found, tmp_path):
     pytest.importorskip("matplotlib")
     titles = [table.title for table in report.tables(found)]
     assert any("math (cross-domain), decode" in title for title in titles)
-    costs = [next(report.tables(found, size)).columns[5] for size in (None, 2_000_000)]
-    assert (costs[0].header, costs[1].header) == ("wasted experts", "wasted MB")
+    for size, unit, factor in ((None, "experts", 1), (2_000_000, "MB", 2)):
+        table = next(report.tables(found, size))
+        assert table.title.endswith(f"in {unit}")
+        wasted = row_of(found, "TLP")["batches"]["8"]["experts_wasted"]
+        assert list(table.columns[5].cells)[0] == f"{wasted * factor:.1f}"
     files = {file.name for file in report.save_figures(found, tmp_path)}
     assert {
         "accuracy-decoder-decode.png",
