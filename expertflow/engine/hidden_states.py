@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expertflow.engine.llm import LLM
 from expertflow.engine.sampling import SamplingParams
-from expertflow.models.spans import MoELayer, find_moe_layers
+from expertflow.models.spans import MoELayer
 from expertflow.predictor.layer_baselines import GateLookAhead, PreGate
 from expertflow.predictor.protocol import LayerPredictor
 from expertflow.predictor.replay import Group
@@ -35,7 +35,7 @@ def hidden_states(llm: LLM) -> Iterator[Read]:
             f"{llm.name} is an encoder-decoder model; look-ahead and the pre-gate are measured on decoder-only "
             f"models alone: leave --model out"
         )
-    layers = find_moe_layers(llm.model)
+    layers = llm.experts.moe_layers
     taken: list[list[Tensor]] = [[] for _ in layers]
 
     def listen(number: int) -> Any:
@@ -61,7 +61,7 @@ def hidden_states(llm: LLM) -> Iterator[Read]:
 def routers(llm: LLM) -> list[tuple[Tensor, Tensor | None]]:
     """Weight (E x D) and bias of each MoE layer's router. Raises ValueError where it is no plain product."""
     found = []
-    for layer in find_moe_layers(llm.model):
+    for layer in llm.experts.moe_layers:
         router = _router(llm, layer)
         weight = getattr(router, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != layer.num_experts:

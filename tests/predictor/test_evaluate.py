@@ -237,7 +237,7 @@ def test_tables_and_figures(found, tmp_path):
         table = next(report.tables(found, size))
         assert table.title.endswith(f"in {unit}")
         wasted = row_of(found, "TLP")["batches"]["8"]["experts_wasted"]
-        assert list(table.columns[5].cells)[0] == f"{wasted * factor:.1f}"
+        assert next(iter(table.columns[5].cells)) == f"{wasted * factor:.1f}"
     files = {file.name for file in report.save_figures(found, tmp_path)}
     assert {
         "accuracy-decoder-decode.png",
