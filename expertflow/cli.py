@@ -569,6 +569,115 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(shown, completed=done, total=total)
 
 
+@app.command("eval-predictor")
+@takes()
+def eval_predictor(
+    traces: Annotated[
+        list[Path], typer.Option(metavar="DIR", help="a recording with held-out prompts; may be repeated")
+    ],
+    predictors: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[PREDICTOR]...", help="trained predictors; without any, the baselines alone"),
+    ] = None,
+    fitted_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="a task that the baselines are counted on; may be repeated",
+            show_default="all",
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="a task to judge them on; may be repeated", show_default="all"),
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="N,N,...", help="batch sizes, 1 to 64")] = "1,2,4,8,16,32,64",
+    max_tokens: Annotated[int, typer.Option(help="held-out tokens of each task")] = 50_000,
+    warm_tokens: Annotated[
+        int, typer.Option(help="tokens of the training split that the online table has served before")
+    ] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="the traced model, to measure look-ahead and the pre-gate as well"
+        ),
+    ] = None,
+    gate_tokens: Annotated[int, typer.Option(min=1, help="tokens to train the pre-gate on")] = 4000,
+    expert_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="bytes of one expert, such as 17MB: wrong guesses in MB"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the choice of sequences and batches")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="folder for the JSON and the figures")
+    ] = None,
+) -> None:
+    """How well are a model's routes predicted, on prompts that were held out?
+
+    Every baseline stands beside the predictors. Figures are drawn where matplotlib is installed.
+
+    [bold]Examples[/bold]
+
+      expertflow eval-predictor --traces traces/alpaca
+
+      expertflow eval-predictor rpp --traces traces/chat --traces traces/math --fitted-on chat -o evaluation
+    """
+    from rich.console import Console
+
+    from expertflow.config import parse_bytes
+    from expertflow.predictor import report
+    from expertflow.predictor.evaluate import Conditions, evaluate
+    from expertflow.predictor.recordings import load_predictors, read_recordings
+
+    try:
+        batches = tuple(sorted({int(size) for size in batch.split(",")}))
+    except ValueError:
+        raise ValueError(f"--batch {batch!r} is no list of numbers; write --batch 1,8,64") from None
+    conditions = Conditions(batches=batches, max_tokens=max_tokens, warm_tokens=warm_tokens, seed=seed)
+    size = parse_bytes(expert_bytes) if expert_bytes is not None else None
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; -o takes a folder, which is made when it is not there")
+    meta, sequences = read_recordings(traces)
+    loaded = load_predictors(predictors or [], meta, traces)
+    counted = fitted_on or sorted({s.task for s in sequences if s.split == "train"})
+    with _hidden(model, meta, sequences, counted, gate_tokens) as hidden, _stderr().status("") as status:
+        found = evaluate(meta, sequences, loaded, counted, task or None, conditions, hidden, status.update)
+    console = Console()
+    for table in report.tables(found, size):
+        console.print(table)
+    _stderr().print(report.LEGEND)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        report.save_json(found, output / "evaluation.json")
+        drawn = report.save_figures(found, output)
+        typer.echo(f"{output}: evaluation.json and {len(drawn)} figures", err=True)
+        if not drawn:
+            typer.echo("figures need matplotlib; `pip install 'expertflow-moe[plots]'`", err=True)
+
+
+@contextlib.contextmanager
+def _hidden(
+    model: str | None, meta: Any, sequences: list[Any], counted: list[str], gate_tokens: int
+) -> Iterator[Any]:
+    """Predictors of hidden states when the model was given, else None."""
+    if model is None:
+        yield None
+        return
+    with _load(model, None, {}) as llm:
+        from expertflow.engine.hidden_states import hidden_predictors, hidden_states
+        from expertflow.models.fingerprint import fingerprint
+
+        found = fingerprint(llm.model)
+        if found != meta.fingerprint:
+            raise ValueError(
+                f"{model} has fingerprint {found}, and the traces were recorded with {meta.model} "
+                f"({meta.fingerprint}); give the model that was traced"
+            )
+        train = [s for s in sequences if s.split == "train" and s.task in counted]
+        with hidden_states(llm) as read:
+            yield hidden_predictors(llm, read, meta, train, gate_tokens)
+
+
 @app.command()
 @takes(sizes=PredictorSizes, training=TrainSettings)
 def train_predictor(

@@ -38,11 +38,12 @@ class MoEShape:
 
 
 def routes_to_mask(routes_TK: Tensor, num_experts: int) -> Tensor:
-    """Multi-hot form of a layer's routes.
+    """Multi-hot form of routes, of one layer or of many: any leading dimensions.
 
     routes_TK: integer expert ids; an id equal to num_experts means "nowhere" (dropped over capacity).
     Returns mask_TE, bool: token t needs expert e.
     """
-    mask_TE = torch.zeros(routes_TK.shape[0], num_experts + 1, dtype=torch.bool, device=routes_TK.device)
-    mask_TE.scatter_(1, routes_TK, True)
-    return mask_TE[:, :num_experts]
+    shape = (*routes_TK.shape[:-1], num_experts + 1)
+    mask_TE = torch.zeros(shape, dtype=torch.bool, device=routes_TK.device)
+    mask_TE.scatter_(-1, routes_TK, True)
+    return mask_TE[..., :num_experts]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,7 +115,8 @@ class Encoder(nn.Module):
     def forward(self, states_BSD: Tensor, mask_BS: Tensor) -> Tensor:
         columns_S = torch.arange(states_BSD.shape[1], device=states_BSD.device)
         bias_BHSS = self.bias(columns_S, columns_S)[None] + blocked(mask_BS)[:, None, None]
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             normed_BSD = block.attention_norm(states_BSD)
             pair = block.attention.keys_values(normed_BSD)
             states_BSD = block.attend_and_feed(states_BSD, normed_BSD, pair, bias_BHSS, None)

@@ -1,0 +1,206 @@
+"""Several predictors as one: a mixture in logit space, calibrated online by the routes that come true.
+
+    logit p = bias + sum over sources of weight * logit(p of the source)
+
+with weights of their own for each layer and kind of token (how much the online table has seen of it). They
+start as the plain mean of the logits and follow by an online Newton step on the cross-entropy: no learning
+rate to tune, and each has settled after some hundred tokens. Beside the mixture its parts are judged as well;
+where a part has lately been better than the mixture, that part speaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.online_table import RINGS, OnlineTokenTable
+from expertflow.predictor.protocol import LayerPredictor, OnlinePredictor, PathContext, PathPredictor
+
+_CLAMP = 1e-3  # a source that is sure of itself may be wrong: its logit stays within 7
+_FORGET = 0.9995  # by token, of the curvature: weights follow a change of subject within some thousand
+_START_TOKENS = 4.0  # the start counts as this many
+_JUDGE = 0.995  # by token, of the running losses
+# Learning needs no more rows of one pass than this: a prefill of a thousand tokens would cost milliseconds.
+MAX_ROWS = 32
+
+
+class Mixture:
+    """Weights per layer and kind of token. `present_ML`: false where source m has nothing to say of layer l."""
+
+    def __init__(self, present_ML: Tensor, num_kinds: int = 1):
+        sources, layers = present_ML.shape
+        self.present_ML = present_ML
+        self.num_kinds = num_kinds
+        mean_ML = present_ML.float() / present_ML.sum(0).clamp(min=1)
+        start_LM = torch.cat([mean_ML, torch.zeros(1, layers)]).T  # the last one is the bias
+        self.weight_LCM = start_LM[:, None].repeat(1, num_kinds, 1).contiguous()
+        self._start_LCM = self.weight_LCM.clone()
+        # The prior's curvature: about that of _START_TOKENS rows of 32 experts.
+        self._prior = torch.eye(sources + 1) * _START_TOKENS * 8
+        self._curvature_LCMM = self._prior.repeat(layers, num_kinds, 1, 1)
+        # Running cross-entropy of the mixture (first) and of each part.
+        self._loss_ML = torch.zeros(sources + 1, layers)
+        self._judged = 0.0
+
+    def logits(self, p_NMLE: Tensor) -> Tensor:
+        """x_NMLE: the logits of what the sources said, a row of ones for the bias; 0 where one is absent."""
+        logit = torch.logit(p_NMLE.float(), eps=_CLAMP) * self.present_ML[:, :, None]
+        return torch.cat([logit, torch.ones_like(logit[:, :1])], dim=1)
+
+    def mix(self, p_NMLE: Tensor, kind_N: Tensor, layer: int | None = None) -> Tensor:
+        """p_NLE of N tokens from M sources; with `layer`, L is that one layer alone."""
+        layers = slice(None) if layer is None else slice(layer, layer + 1)
+        logit = torch.logit(p_NMLE.float(), eps=_CLAMP) * self.present_ML[:, layers, None]
+        weight_NLM = self.weight_LCM[layers][:, kind_N].transpose(0, 1)
+        mixed = torch.einsum("nlm,nmle->nle", weight_NLM[..., :-1], logit) + weight_NLM[..., -1:]
+        mixed = torch.sigmoid(mixed)
+        for index, best in enumerate(self.speaker_L()[layers].tolist()):
+            if best:
+                mixed[:, index] = p_NMLE[:, best - 1, index].float()
+        return mixed
+
+    def speaker_L(self) -> Tensor:
+        """0 where the mixture speaks, else 1 + the source that has lately been better alone."""
+        if self._judged == 0:
+            return torch.zeros(self._loss_ML.shape[1], dtype=torch.int64)
+        # The mixture keeps the word until it is clearly worse: half a percent is chance.
+        handicap = torch.ones(len(self._loss_ML), 1)
+        handicap[0] = 0.995
+        return (self._loss_ML * handicap).argmin(0)
+
+    def learn(self, p_NMLE: Tensor, truth_NLE: Tensor, kind_N: Tensor) -> None:
+        """Move the weights by what came true."""
+        if len(p_NMLE) > MAX_ROWS:
+            # Evenly spread: the first positions of a prompt are unlike the rest.
+            picked = torch.linspace(0, len(p_NMLE) - 1, MAX_ROWS).long()
+            p_NMLE, truth_NLE, kind_N = p_NMLE[picked], truth_NLE[picked], kind_N[picked]
+        truth = truth_NLE.float()
+        x_NMLE = self.logits(p_NMLE)
+        weight_NLM = self.weight_LCM[:, kind_N].transpose(0, 1)
+        z_NLE = torch.einsum("nlm,nmle->nle", weight_NLM, x_NMLE)
+        self._judge(z_NLE, x_NMLE, truth)
+        p_NLE = torch.sigmoid(z_NLE)
+        error_NLE = p_NLE - truth
+        x_LNME = x_NMLE.permute(2, 0, 1, 3)
+        gradient_NLM = (x_LNME @ error_NLE.permute(1, 0, 2)[..., None])[..., 0].transpose(0, 1)
+        spread_LN1E = (p_NLE * (1 - p_NLE)).permute(1, 0, 2)[:, :, None]
+        curvature_NLMM = ((x_LNME * spread_LN1E) @ x_LNME.transpose(2, 3)).transpose(0, 1)
+        for kind in kind_N.unique().tolist():
+            own = kind_N == kind
+            forget = _FORGET ** int(own.sum())
+            curvature = self._curvature_LCMM[:, kind]
+            curvature.sub_(self._prior).mul_(forget).add_(self._prior).add_(curvature_NLMM[own].sum(0))
+            step_LM = torch.linalg.solve(curvature, gradient_NLM[own].sum(0))
+            self.weight_LCM[:, kind] -= step_LM.clamp(-0.5, 0.5)
+
+    def _judge(self, z_NLE: Tensor, x_NMLE: Tensor, truth_NLE: Tensor) -> None:
+        all_NMLE = torch.cat([z_NLE[:, None], x_NMLE[:, :-1]], dim=1)
+        loss = F.binary_cross_entropy_with_logits(
+            all_NMLE, truth_NLE[:, None].expand_as(all_NMLE), reduction="none"
+        )
+        loss_ML = loss.mean((0, 3))
+        loss_ML[1:][~self.present_ML] = float("inf")
+        keep = _JUDGE ** len(z_NLE)
+        self._judged = self._judged * keep + (1 - keep)
+        share = (1 - keep) / self._judged
+        self._loss_ML = loss_ML if share == 1 else self._loss_ML + share * (loss_ML - self._loss_ML)
+        self._loss_ML[1:][~self.present_ML] = float("inf")
+
+
+class Combination:
+    """Path predictors, and one that looks a layer ahead, as one predictor that learns while serving.
+
+    PathPredictor, OnlinePredictor and LayerPredictor at once: `predict` before the pass, `observe` at each
+    layer, `observe_pass` afterwards. Rows of `observe` are the real new positions of the last `predict`, in
+    order: sequence by sequence.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[PathPredictor],
+        layers: int,
+        num_experts: int,
+        ahead: LayerPredictor | None = None,
+    ):
+        if not sources:
+            raise ValueError("a combination needs a source that predicts before the pass, such as the table")
+        self.sources = list(sources)
+        self.ahead = ahead
+        self.num_experts = num_experts
+        kinds = len(RINGS) + 1 if any(isinstance(source, OnlineTokenTable) for source in sources) else 1
+        present_ML = torch.ones(len(self.sources), layers, dtype=torch.bool)
+        self.before = Mixture(present_ML, kinds)
+        ahead_1L = torch.ones(1, layers, dtype=torch.bool)
+        ahead_1L[:, 0] = False
+        self.during = Mixture(torch.cat([present_ML, ahead_1L]), kinds)
+        self._p_NMLE: Tensor | None = None
+        self._kind_N = torch.zeros(0, dtype=torch.int64)
+        self._ahead_NLE: Tensor | None = None
+
+    def predict(self, context: PathContext) -> Tensor:
+        """Remembers what each source said until `observe_pass`."""
+        kind_BS = torch.zeros(context.new_BS.shape, dtype=torch.int64)
+        said = []
+        for source in self.sources:
+            if isinstance(source, OnlineTokenTable):
+                p_BSLE, kind_BS = source.predict_with_support(context)
+            else:
+                p_BSLE = source.predict(context)
+            said.append(p_BSLE)
+        p_NMLE = torch.stack(said, dim=2).flatten(0, 1)
+        mixed = self.before.mix(p_NMLE, kind_BS.flatten())
+        real_N = _real(context)
+        self._p_NMLE, self._kind_N, self._ahead_NLE = p_NMLE[real_N], kind_BS.flatten()[real_N], None
+        return mixed.reshape(*kind_BS.shape, *mixed.shape[1:])
+
+    def observe(self, layer: int, hidden_BD: Tensor | None, routes_BK: Tensor | None) -> Tensor | None:
+        if self.ahead is None or self._p_NMLE is None:
+            return None
+        p_NE = self.ahead.observe(layer, hidden_BD, routes_BK)
+        if p_NE is None:
+            return None
+        if len(p_NE) != len(self._p_NMLE):
+            raise ValueError(
+                f"{len(p_NE)} rows at layer {layer}, but {len(self._p_NMLE)} positions were predicted before "
+                f"the pass; observe each real new position once"
+            )
+        after = layer + 1
+        if self._ahead_NLE is None:
+            tokens, _, layers, experts = self._p_NMLE.shape
+            self._ahead_NLE = torch.full((tokens, layers, experts), 0.5)
+        self._ahead_NLE[:, after] = p_NE
+        p_NM1E = torch.cat([self._p_NMLE[:, :, after], p_NE[:, None]], dim=1)[:, :, None]
+        return self.during.mix(p_NM1E, self._kind_N, after)[:, 0]
+
+    def observe_pass(self, context: PathContext, routes_BSLK: Tensor) -> None:
+        real_N = _real(context)
+        truth_NLE = multi_hot(routes_BSLK.flatten(0, 1)[real_N], self.num_experts)
+        if self._p_NMLE is not None and len(truth_NLE) == len(self._p_NMLE) > 0:
+            self.before.learn(self._p_NMLE, truth_NLE, self._kind_N)
+            if self._ahead_NLE is not None:
+                with_ahead = torch.cat([self._p_NMLE, self._ahead_NLE[:, None]], dim=1)
+                self.during.learn(with_ahead, truth_NLE, self._kind_N)
+        self._p_NMLE = self._ahead_NLE = None
+        for source in self.sources:
+            if isinstance(source, OnlinePredictor):
+                source.observe_pass(context, routes_BSLK)
+
+
+def _real(context: PathContext) -> Tensor:
+    mask = context.new_mask_BS
+    return torch.ones(context.new_BS.numel(), dtype=torch.bool) if mask is None else mask.flatten()
+
+
+def untrained(
+    layers: int,
+    num_experts: int,
+    top_k: int,
+    ahead: LayerPredictor | None = None,
+    max_bytes: int = 16 << 20,
+) -> Combination:
+    """The default until a trained predictor is given: the online table and, where there is one, look-ahead."""
+    return Combination([OnlineTokenTable(layers, num_experts, top_k, max_bytes)], layers, num_experts, ahead)

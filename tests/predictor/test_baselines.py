@@ -1,0 +1,265 @@
+"""Every baseline says what its definition says, and nothing that it could not know."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertflow.predictor import replay
+from expertflow.predictor.baselines import SLP, TLP, Oracle, Popularity, TokenTable, multi_hot
+from expertflow.predictor.layer_baselines import GateLookAhead, PreGate, inclusion_probability
+from expertflow.predictor.online_table import AGEING, PRIOR, OnlineTokenTable, RouteMemory
+from expertflow.predictor.protocol import (
+    UNKNOWN,
+    LayerPredictor,
+    OnlinePredictor,
+    PathContext,
+    PathPredictor,
+)
+from tests.predictor import synthetic
+from tests.predictor.synthetic import EXPERTS, LAYERS, TOP_K, VOCAB
+
+
+@pytest.fixture
+def group() -> replay.Group:
+    return replay.pad(synthetic.sequences(6))
+
+
+def fitted_table() -> TokenTable:
+    return TokenTable.fit(replay.streams(synthetic.sequences(), False), EXPERTS, VOCAB)
+
+
+def path_predictors() -> dict[str, PathPredictor]:
+    return {
+        "TLP": TLP(EXPERTS),
+        "popularity": Popularity.fit(replay.streams(synthetic.sequences(), False), EXPERTS),
+        "token table": fitted_table(),
+        "online table": OnlineTokenTable(LAYERS, EXPERTS, TOP_K, 1 << 16),
+    }
+
+
+@pytest.mark.parametrize("name", path_predictors())
+def test_one_call_says_what_a_call_per_step_says(name, group):
+    """Causality: were a later token or route looked at, the two would differ."""
+    predictor = path_predictors()[name]
+    assert isinstance(predictor, PathPredictor)
+    at_once = replay.all_at_once(predictor, group)
+    for t in range(group.prefill, group.length):
+        p_B1LE = predictor.predict(group.context(t + 1, 1))
+        alive_B = group.mask_BT[:, t]
+        if name == "online table":
+            continue  # it also reads the routes up to the step; tested below
+        torch.testing.assert_close(p_B1LE[alive_B, 0], at_once[alive_B, t])
+    assert at_once.shape == (*group.ids_BT.shape, LAYERS, EXPERTS)
+    assert at_once.min() >= 0
+    assert at_once.max() <= 1
+
+
+@pytest.mark.parametrize("name", path_predictors())
+def test_the_future_changes_nothing(name, group):
+    predictor = path_predictors()[name]
+    t = group.prefill + 2
+    context = group.context(t + 1, 1)
+    routes = context.routes_BTLK.clone()
+    routes[:, t] = UNKNOWN
+    changed = PathContext(
+        target_BT=context.target_BT, target_mask_BT=context.target_mask_BT, routes_BTLK=routes
+    )
+    torch.testing.assert_close(predictor.predict(context), predictor.predict(changed))
+
+
+def test_tlp_repeats_the_step_before(group):
+    p_BSLE = TLP(EXPERTS).predict(group.context(group.prefill + 1, 1))
+    expected = multi_hot(group.routes_BTLK[:, group.prefill - 1], EXPERTS).float()
+    assert torch.equal(p_BSLE[:, 0], expected)
+    with pytest.raises(ValueError, match="routes_BTLK"):
+        TLP(EXPERTS).predict(PathContext(target_BT=group.ids_BT))
+
+
+def test_slp_repeats_the_layer_before():
+    routes_BK = torch.tensor([[1, 3], [EXPERTS, 2]])
+    p_BE = SLP(EXPERTS).observe(0, None, routes_BK)
+    assert isinstance(SLP(EXPERTS), LayerPredictor)
+    assert p_BE.nonzero().tolist() == [[0, 1], [0, 3], [1, 2]]
+    assert SLP(EXPERTS).observe(0, None, None) is None
+
+
+def test_tables_count():
+    streams = list(replay.streams(synthetic.sequences(), False))
+    used, tokens = Counter(), Counter()
+    for ids_T, routes_TLK in streams:
+        for token, routes_LK in zip(ids_T.tolist(), routes_TLK.tolist(), strict=True):
+            tokens[token] += 1
+            used.update((token, layer, e) for layer, routes_K in enumerate(routes_LK) for e in routes_K)
+    p_LE = Popularity.fit(streams, EXPERTS).p_LE
+    table = TokenTable.fit(streams, EXPERTS, VOCAB + 5)
+    for token, layer, e in ((0, 0, 0), (1, 2, 5), (3, 1, 7)):
+        everywhere = sum(used[t, layer, e] for t in tokens) / sum(tokens.values())
+        assert p_LE[layer, e] == pytest.approx(everywhere)
+        expected = (used[token, layer, e] + everywhere) / (tokens[token] + 1)
+        said = table.predict(PathContext(target_BT=torch.tensor([[token]])))[0, 0, layer, e]
+        assert said == pytest.approx(expected)
+    unseen = table.predict(PathContext(target_BT=torch.tensor([[VOCAB + 2]])))[0, 0]
+    torch.testing.assert_close(unseen, p_LE)
+    with pytest.raises(ValueError, match="training split"):
+        Popularity.fit([], EXPERTS)
+
+
+def test_the_oracle_must_be_told(group):
+    oracle = Oracle(EXPERTS)
+    context = group.context(group.prefill + 1, 1)
+    with pytest.raises(ValueError, match="reveal"):
+        oracle.predict(context)
+    oracle.reveal(group.routes_BTLK[:, group.prefill :][:, :1])
+    truth = multi_hot(group.routes_BTLK[:, group.prefill][:, None], EXPERTS)
+    assert torch.equal(oracle.predict(context) > 0.5, truth)
+
+
+# ---- the online table
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=40), st.data())
+def test_a_memory_is_the_last_routes_of_the_last_keys(accesses, data):
+    """Against lists in a dictionary, whatever is learnt in one go."""
+    ring, capacity = 3, 4
+    memory = RouteMemory(capacity, ring, 1, 1, EXPERTS)
+    kept: dict[int, list[int]] = {}
+    left = list(accesses)
+    while left:
+        size = data.draw(st.integers(1, len(left)))
+        now, left = left[:size], left[size:]
+        keys, routes = torch.tensor([k for k, _ in now]), torch.tensor([[[r]] for _, r in now])
+        memory.learn(keys, routes)
+        for key, route in now:
+            history = kept.pop(key, [])
+            if not history and len(kept) == capacity:
+                kept.pop(next(iter(kept)))
+            kept[key] = [*history, route][-ring:]
+    where, count, weight = memory.counts(torch.arange(6))
+    assert where.tolist() == sorted(kept)
+    for row, key in enumerate(where.tolist()):
+        expected = torch.zeros(EXPERTS)
+        for age, route in enumerate(reversed(kept[key])):
+            expected[route] += AGEING**age
+        torch.testing.assert_close(count[row, 0], expected)
+        assert weight[row] == pytest.approx(sum(AGEING**age for age in range(len(kept[key]))))
+
+
+def test_the_online_table_prefers_the_longest_context():
+    """Token 5 took another route after token 1 than after token 2."""
+    table = OnlineTokenTable(1, EXPERTS, 1, 1 << 16)
+    assert isinstance(table, OnlinePredictor)
+    for before, expert in ((1, 3), (2, 6)):
+        context = PathContext(target_BT=torch.tensor([[9, before, 5]]))
+        table.observe_pass(context, torch.tensor([[[[expert]]]]))
+    for before, expert in ((1, 3), (2, 6)):
+        p, support = table.predict_with_support(PathContext(target_BT=torch.tensor([[9, before, 5]])))
+        assert p[0, 0, 0].argmax() == expert
+        assert support.item() == 3
+        _, support = table.predict_with_support(PathContext(target_BT=torch.tensor([[8, before, 5]])))
+        assert support.item() == 2
+    p, support = table.predict_with_support(PathContext(target_BT=torch.tensor([[9, 4, 5]])))
+    assert support.item() == 1
+    popularity = table.popularity_LE
+    weight = 1 + AGEING
+    seen = torch.zeros(EXPERTS).index_add_(0, torch.tensor([3, 6]), torch.tensor([AGEING, 1.0]))
+    torch.testing.assert_close(p[0, 0], (seen + PRIOR * popularity) / (weight + PRIOR))
+
+
+def test_the_online_table_skips_padding():
+    table = OnlineTokenTable(1, EXPERTS, 1, 1 << 16)
+    context = PathContext(
+        target_BT=torch.tensor([[7, 5]]), target_mask_BT=torch.tensor([[False, True]]), num_new=2
+    )
+    before = table.popularity_LE.clone()
+    table.observe_pass(context, torch.tensor([[[[UNKNOWN]], [[2]]]]))
+    _, support = table.predict_with_support(PathContext(target_BT=torch.tensor([[7, 5]]), num_new=2))
+    assert support.tolist() == [[0, 1]], "a pair with padding is not a pair of tokens"
+    assert table.popularity_LE[0, 2] > before[0, 2]
+
+
+def test_the_online_table_stays_within_its_bytes():
+    table = OnlineTokenTable(LAYERS, EXPERTS, TOP_K, 30_000)
+    assert table.nbytes <= 30_000
+    ids = torch.randint(0, 10_000, (1, 3000), generator=torch.Generator().manual_seed(0))
+    routes = torch.randint(0, EXPERTS, (1, 3000, LAYERS, TOP_K))
+    table.observe_pass(PathContext(target_BT=ids, num_new=3000), routes)
+    for memory in table.memories:
+        assert len(memory) == memory.capacity
+        held = memory.routes_CRLK.numel() * memory.routes_CRLK.element_size()
+        entry = RouteMemory.entry_bytes(memory.ring, LAYERS, TOP_K, EXPERTS)
+        assert held + memory.capacity * 8 <= memory.capacity * entry
+    with pytest.raises(ValueError, match=r"at least \d+"):
+        OnlineTokenTable(LAYERS, EXPERTS, TOP_K, 100)
+
+
+def test_the_online_table_follows_what_the_sequence_uses():
+    """Token ids never seen: what the last positions used is a better guess than popularity."""
+    table = OnlineTokenTable(1, EXPERTS, 1, 1 << 16)
+    ids = torch.arange(20)[None]
+    routes = torch.full((1, 20, 1, 1), UNKNOWN)
+    routes[:, 5:19] = 4
+    p = table.predict(PathContext(target_BT=ids, routes_BTLK=routes))
+    assert p[0, 0, 0].argmax() == 4
+    assert p[0, 0, 0, 4] > 0.5
+    assert table.predict(PathContext(target_BT=ids))[0, 0, 0, 4] == pytest.approx(1 / EXPERTS)
+
+
+def test_many_experts_fit():
+    table = OnlineTokenTable(1, 300, 1, 1 << 18)
+    context = PathContext(target_BT=torch.tensor([[3]]))
+    table.observe_pass(context, torch.tensor([[[[299]]]]))
+    assert table.predict(context)[0, 0, 0].argmax() == 299
+
+
+# ---- those that read hidden states
+
+
+def test_look_ahead_names_what_the_next_router_would_choose():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(EXPERTS, 16, generator=generator) for _ in range(LAYERS)]
+    hidden = torch.randn(5, 16, generator=generator)
+    ahead = GateLookAhead(weights, TOP_K)
+    for layer in range(LAYERS - 1):
+        p = ahead.observe(layer, hidden, None)
+        chosen = (hidden @ weights[layer + 1].T).topk(TOP_K).indices
+        assert torch.equal(p > 0.5, multi_hot(chosen, EXPERTS))
+    assert ahead.observe(LAYERS - 1, hidden, None) is None
+    assert ahead.observe(0, None, None) is None
+    with pytest.raises(ValueError, match="16"):
+        ahead.observe(0, hidden[:, :7], None)
+
+
+def test_look_ahead_adds_the_routers_bias():
+    bias = torch.zeros(EXPERTS)
+    bias[6] = 100.0
+    ahead = GateLookAhead([torch.zeros(EXPERTS, 4)] * 2, 1, [None, bias])
+    assert ahead.observe(0, torch.ones(1, 4), None).argmax() == 6
+
+
+def test_a_router_that_takes_all_is_certain():
+    assert torch.equal(inclusion_probability(torch.randn(2, 3), 3), torch.ones(2, 3))
+
+
+def test_the_pre_gate_learns_the_next_layers_routes():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(EXPERTS, 12, generator=generator)
+    hidden = torch.randn(800, LAYERS, 12, generator=generator)
+    # Layer l + 1 routes by what entered layer l.
+    routes = (hidden @ weight.T).topk(TOP_K).indices.roll(1, dims=1)
+    torch.manual_seed(0)
+    gate = PreGate(LAYERS, 12, EXPERTS)
+    gate.fit(hidden[:600], routes[:600], steps=250)
+    p = gate.observe(1, hidden[600:, 1], None)
+    hits = multi_hot(p.topk(TOP_K).indices, EXPERTS) & multi_hot(routes[600:, 2], EXPERTS)
+    assert hits.sum() / (200 * TOP_K) > 0.7, "chance is 0.25"
+    assert gate.observe(LAYERS - 1, hidden[:, 2], None) is None
+    with pytest.raises(ValueError, match="no hidden states"):
+        gate.fit(hidden[:0], routes[:0])
+    with pytest.raises(ValueError, match="not a number"):
+        gate.fit(hidden * float("nan"), routes, steps=2)
