@@ -8,7 +8,6 @@ H heads, F features of a head.
 from __future__ import annotations
 
 import math
-
 from typing import Any
 
 import torch
