@@ -252,6 +252,7 @@ def _measure(skeleton: Skeleton, settings: Settings, folder: Path, files: Sequen
         top_k=work.top_k,
         expert_rows=sorted(rows),
         dense_rows=[batch, chunk],
+        hidden=skeleton.hidden,
         load_bytes_per_s=load_bytes_per_s,
     )
 
@@ -322,6 +323,7 @@ def _machine_table(forecast: Forecast) -> Table:
     table.add_row(f"arithmetic, {rows} rows", f"{2 * rows / itemsize / cost / 1e9:.0f} GFLOP/s")
     table.add_row("overhead per layer", f"{machine.layer_overhead_s * 1e3:.2f} ms")
     table.add_row("overhead per expert", f"{machine.expert_overhead_s * 1e6:.0f} us")
+    table.add_row("overhead per token", f"{machine.row_s * 1e6:.1f} us")
     return table
 
 

@@ -18,18 +18,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from expertflow.cache.expert_cache import Weights
 from expertflow.models.attach import METHOD, register
-from expertflow.models.experts import Attachment
+from expertflow.models.experts import Attachment, run_experts
 from expertflow.models.products import linear
 from expertflow.step_time import Machine, Multiplication
 from expertflow.store.disk import CHUNK_BYTES, measure_read_bandwidth
 
 # More than the last-level caches of the machines we know, so that every multiplication reads memory.
 _WORKING_SET_BYTES = 256 << 20
+# More than the caches of one core. Python and its objects have to come back after every product: 0.4 ms per
+# expert where tiny matrices alone show 0.09 (2 cores with AMX, 2026-11).
+_EVICTED_BYTES = 16 << 20
 _PROBE_FILE_BYTES = 256 << 20
 _PROBE_NAME = "expertflow-disk-probe-"
 
@@ -37,7 +41,8 @@ _PROBE_NAME = "expertflow-disk-probe-"
 def measure_multiplication(
     out_features: int, in_features: int, dtype: torch.dtype, rows: Sequence[int], seconds: float = 0.25
 ) -> Multiplication:
-    """Time products.linear with [out_features, in_features] weights, others at each call, `seconds` for a point."""
+    """Time products.linear and what follows a product: [out_features, in_features] weights, others at each
+    call, `seconds` for a point."""
     nbytes = out_features * in_features * dtype.itemsize
     count = max(2, _WORKING_SET_BYTES // nbytes)
     weights = torch.empty(count, out_features, in_features, dtype=dtype)
@@ -47,24 +52,44 @@ def measure_multiplication(
     for num_rows in rows:
         x = torch.randn(num_rows, in_features).to(dtype)
 
-        def multiply(index: int, x: Tensor = x) -> Tensor:
-            return linear(x, weights[index % count])
+        out = torch.empty(num_rows, out_features, dtype=dtype)
+
+        def multiply(index: int, x: Tensor = x, out: Tensor = out) -> Tensor:
+            # As a layer uses a product: something elementwise, then into a buffer.
+            return out.copy_(F.silu(linear(x, weights[index % count])))
 
         costs.append(_seconds_per_call(multiply, seconds) / nbytes)
     return Multiplication(tuple(rows), tuple(costs))
 
 
 @torch.inference_mode()
-def _seconds_per_call(call: Callable[[int], Tensor], seconds: float) -> float:
-    """Median over calls: a neighbour's burst must not become the machine's speed."""
+def _seconds_per_call(
+    call: Callable[[int], Tensor], seconds: float, eviction: _Eviction | None = None
+) -> float:
+    """Median over calls: a neighbour's burst must not become the machine's speed. Eviction is not counted."""
     call(0)
     times: list[float] = []
     begun = time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - begun < seconds and len(times) < 1000):
+        evicting = eviction.seconds if eviction else 0.0
         started = time.perf_counter()
         call(len(times) + 1)
-        times.append(time.perf_counter() - started)
+        taken = time.perf_counter() - started
+        times.append(taken - (eviction.seconds - evicting if eviction else 0.0))
     return statistics.median(times)
+
+
+class _Eviction:
+    """Streams memory through the processor's caches, as a product with real weights does."""
+
+    def __init__(self) -> None:
+        self._memory = torch.ones(_EVICTED_BYTES // 8, dtype=torch.int64)
+        self.seconds = 0.0  # spent here so far
+
+    def __call__(self, *_: object) -> None:
+        started = time.perf_counter()
+        self._memory.sum()
+        self.seconds += time.perf_counter() - started
 
 
 def measure_copy_bandwidth(seconds: float = 0.25) -> float:
@@ -148,15 +173,18 @@ def measure_load_latency(rounds: int = 200) -> float:
 class _ReadyExperts:
     """A cache in which every expert is always there: what remains is the work around the products."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: Weights, eviction: _Eviction | None):
         self._weights = weights
+        self._eviction = eviction
 
     def open_layer(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Weights]]:
         for expert in experts:
+            if self._eviction:
+                self._eviction()
             yield expert, self._weights
 
 
-def measure_layer_overhead(top_k: int, dtype: torch.dtype, seconds: float = 0.3) -> tuple[float, float]:
+def measure_layer_overhead(top_k: int, dtype: torch.dtype, seconds: float = 0.6) -> tuple[float, float]:
     """(seconds per decoder layer, seconds per expert) of a decode step whose matrices are tiny.
 
     A small Qwen2-MoE of our own stands for every family: norms, attention, router and grouping differ little.
@@ -177,14 +205,33 @@ def _step_seconds(top_k: int, dtype: torch.dtype, seconds: float, layers: int = 
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=METHOD).eval()
+    eviction = _Eviction()
     for layer, decoder in enumerate(model.model.layers):
+        decoder.self_attn.register_forward_pre_hook(eviction)
+        decoder.mlp.register_forward_pre_hook(eviction)
         experts = decoder.mlp.experts
         weights: Weights = {role: (parameter.detach()[0],) for role, parameter in experts.named_parameters()}
-        experts.expertflow = Attachment(_ReadyExperts(weights), layer, config.num_experts)  # type: ignore[arg-type]
+        experts.expertflow = Attachment(_ReadyExperts(weights, eviction), layer, config.num_experts)  # type: ignore[arg-type]
     token = torch.zeros(1, 1, dtype=torch.long)
     with torch.inference_mode():
         cache = model(token.expand(1, 64), use_cache=True).past_key_values
-        return _seconds_per_call(lambda _: model(token, past_key_values=cache).logits, seconds) / layers
+        step = _seconds_per_call(lambda _: model(token, past_key_values=cache).logits, seconds, eviction)
+        return step / layers
+
+
+def measure_row_seconds(
+    hidden: int, top_k: int, tokens: int, dtype: torch.dtype, seconds: float = 0.2
+) -> float:
+    """Per token of a prompt in one layer: gathering its rows by expert, weighing and adding what comes back."""
+    attachment = Attachment(_ReadyExperts({}, None), 0, 8 * top_k)  # type: ignore[arg-type]
+    hidden_TD = torch.randn(tokens, hidden).to(dtype)
+    index_TK = torch.rand(tokens, 8 * top_k).topk(top_k).indices
+    weight_TK = torch.rand(tokens, top_k).to(dtype)
+
+    def route(_: int) -> Tensor:
+        return run_experts(attachment, hidden_TD, index_TK, weight_TK, lambda rows_ND, _: rows_ND)
+
+    return _seconds_per_call(route, seconds) / tokens
 
 
 def measure_machine(
@@ -195,6 +242,7 @@ def measure_machine(
     top_k: int,
     expert_rows: Sequence[int],
     dense_rows: Sequence[int],
+    hidden: int,
     load_bytes_per_s: float,
 ) -> Machine:
     """Everything but the slow tier, which is measured where its files are. About three seconds."""
@@ -208,6 +256,7 @@ def measure_machine(
         measure_load_latency(),
         layer_overhead,
         expert_overhead,
+        measure_row_seconds(hidden, top_k, max(dense_rows), dtype),
         torch.get_num_threads(),
     )
 

@@ -58,6 +58,7 @@ class Machine:
     load_latency_s: float  # from asking for an expert to computing with it, beside its bytes
     layer_overhead_s: float  # a decoder layer with experts, matrices too small to matter
     expert_overhead_s: float  # one more expert in it
+    row_s: float  # one more token in it: rows gathered by expert, weighed and added
     threads: int
 
     def __post_init__(self) -> None:
@@ -177,6 +178,7 @@ def pass_time(
         experts += needed * product_s
         overhead += needed * machine.expert_overhead_s
     layer_overhead = one.layers * machine.layer_overhead_s
+    layer_overhead += len(one.experts_per_layer) * tokens * machine.row_s
     return PassTime(dense + layer_overhead + in_layers, loads, dense, experts, overhead + layer_overhead)
 
 

@@ -33,6 +33,7 @@ from expertflow.step_time import (
     forecast_speed,
     layer_seconds,
     prompt_hit_ratio,
+    prompt_tokens,
     typical_hit_ratio,
 )
 from tests.families import write_checkpoint
@@ -48,6 +49,7 @@ MACHINE = Machine(
     load_latency_s=0.1,
     layer_overhead_s=0.05,
     expert_overhead_s=0.02,
+    row_s=0.0,
     threads=1,
 )
 
@@ -101,6 +103,17 @@ def test_layer_seconds_against_a_schedule(seed: int) -> None:
     assert layer_seconds(hits, misses, load_s, multiply_s, overlap=True) == pytest.approx(now)
     serial = misses * load_s + (hits + misses) * multiply_s
     assert layer_seconds(hits, misses, load_s, multiply_s, overlap=False) == pytest.approx(serial)
+
+
+def test_each_token_of_a_prompt_pays_for_its_rows_in_every_moe_layer() -> None:
+    plain, with_rows = (
+        forecast_speed("", WORK, replace(MACHINE, row_s=row_s), Settings(), hit_ratio=1.0)
+        for row_s in (0.0, 0.001)
+    )
+    layers = len(WORK.prefill.experts_per_layer)
+    added = with_rows.prefill.seconds - plain.prefill.seconds
+    assert added == pytest.approx(layers * prompt_tokens(Settings()) * 0.001)
+    assert with_rows.decode.seconds - plain.decode.seconds == pytest.approx(layers * 0.001)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9])

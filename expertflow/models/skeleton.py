@@ -38,6 +38,11 @@ class Skeleton:
     expert_matrix: tuple[int, int]
     dense_matrix: tuple[int, int]
 
+    @property
+    def hidden(self) -> int:
+        """D, the width of what enters an MoE layer."""
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
+
 
 def unknown_architecture(source: str, model_type: str, error: Exception) -> ValueError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
