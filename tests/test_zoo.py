@@ -211,7 +211,8 @@ def test_rows_overlap_by_one_token_so_that_each_is_a_target_once():
     assert (batch[:, 1:] == batch[:, :-1] + 1).all()
 
 
-def test_pairs_are_split_at_the_marks_and_padded():
+def test_pairs_are_split_at_the_marks_and_padded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Pairs, "WIDTH_MULTIPLE", 1)
     stream = np.array([1, 10, 11, 2, 12, 0, 1, 13, 2, 14, 15, 16, 0])
     batch = Pairs({"chat": stream}, {"chat": 1.0}, T=3, seed=0).batch(0, 2)
     rows = sorted(
@@ -412,11 +413,14 @@ def test_a_directory_without_a_run_is_explained(tmp_path, capsys):
     assert "holds no finished run of zoo.train" in capsys.readouterr().err
 
 
-def test_pairs_of_a_window_come_once_each_and_with_little_padding() -> None:
+def test_pairs_of_a_window_come_once_each_and_with_little_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     pairs = [rng.integers(4, 200, size=rng.integers(1, 100)) for _ in range(400)]
     stream = np.concatenate([[1, *prompt, 2, 4 + number % 190, 0] for number, prompt in enumerate(pairs)])
     examples = Pairs({"chat": stream.astype(np.uint16)}, {"chat": 1.0}, T=64, seed=3)
+    widths = {examples.batch(8 * number, 8).input_BT.shape[1] for number in range(Pairs.WINDOW)}
+    assert widths <= {32, 64}, "few shapes: a kernel is compiled for each"
+    monkeypatch.setattr(Pairs, "WIDTH_MULTIPLE", 1)
     batches = [examples.batch(8 * number, 8) for number in range(Pairs.WINDOW)]
     seen = sorted(
         tuple(row[mask == 1].tolist())

@@ -220,6 +220,9 @@ class Pairs:
     """
 
     WINDOW = 16  # batches
+    # Widths of batches. oneDNN compiles and keeps a kernel for every shape it meets: with free widths a run
+    # took 9 GB and half its time was compilation.
+    WIDTH_MULTIPLE = 32
 
     def __init__(self, streams: dict[str, np.ndarray], shares: dict[str, float], T: int, seed: int) -> None:
         self.pairs = {part: pairs_of(streams[part]) for part in TASKS if part in streams}
@@ -236,14 +239,16 @@ class Pairs:
         # Stable, so equal lengths keep their order; then the batches of a window in random order.
         order = sorted(range(len(drawn)), key=lambda i: sum(min(len(side), self.T) for side in drawn[i]))
         which = int(np.random.default_rng([self.seed, window]).permutation(self.WINDOW)[index])
-        return pad_pairs([drawn[i] for i in order[which * B : (which + 1) * B]], self.T)
+        chosen = [drawn[i] for i in order[which * B : (which + 1) * B]]
+        return pad_pairs(chosen, self.T, self.WIDTH_MULTIPLE)
 
 
-def pad_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]], T: int) -> PairBatch:
-    """Cut both sides to T tokens and pad them on the right to the longest of the batch."""
+def pad_pairs(pairs: Sequence[tuple[np.ndarray, np.ndarray]], T: int, multiple: int = 1) -> PairBatch:
+    """Cut both sides to T tokens and pad them on the right to the longest of the batch, rounded up to `multiple`."""
 
     def pad(ids: list[np.ndarray], filler: int) -> Tensor:
-        out = torch.full((len(ids), max(len(one) for one in ids)), filler, dtype=torch.int64)
+        width = -(-max(len(one) for one in ids) // multiple) * multiple
+        out = torch.full((len(ids), width), filler, dtype=torch.int64)
         for row, one in enumerate(ids):
             out[row, : len(one)] = torch.from_numpy(one.astype(np.int64))
         return out
