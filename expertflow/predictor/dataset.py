@@ -56,10 +56,10 @@ def read_paths(
     """
     if not folders:
         raise ValueError("no trace was given; record one with `expertflow trace MODEL --dataset ... -o DIR`")
-    by_prompt: dict[tuple[int, int], list[TracedSequence]] = {}
+    by_prompt: dict[bytes, list[TracedSequence]] = {}
     meta: TraceMeta | None = None
     tasks: set[str] = set()
-    for number, folder in enumerate(folders):
+    for folder in folders:
         trace = read_trace(folder, weights=False)
         if meta is None:
             meta = trace.meta
@@ -71,7 +71,7 @@ def read_paths(
         tasks.update(trace.tasks)
         for sequence in trace:
             if sequence.split == "train" and task in (None, sequence.task):
-                by_prompt.setdefault((number, sequence.prompt), []).append(sequence)
+                by_prompt.setdefault(_prompt_of(sequence), []).append(sequence)
     assert meta is not None
     if len(by_prompt) < 2:
         raise ValueError(
@@ -84,6 +84,13 @@ def read_paths(
     held = min(len(prompts) - 1, max(1, round(validation_share * len(prompts))))
     chosen = [[s for p in part for s in by_prompt[p]] for part in (prompts[held:], prompts[:held])]
     return RoutingPaths(meta, chosen[0], chosen[1])
+
+
+def _prompt_of(sequence: TracedSequence) -> bytes:
+    """The prompt itself, not its number: two recordings of one data set share prompts."""
+    if len(sequence.source_ids_S):
+        return sequence.source_ids_S.tobytes()
+    return sequence.target_ids_T[: sequence.num_prefill].tobytes()
 
 
 def trained_tokens(sequence: TracedSequence) -> int:

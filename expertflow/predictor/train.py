@@ -226,7 +226,9 @@ class _Run:
                 epoch,
                 group(self.paths.train, self.settings.batch_tokens, _mix(self.settings, epoch)),
             )
-        batch = collate(self._epoch[1][index], self.paths.meta)
+        # Another order packs other batches: an epoch may have one more or less than the first.
+        chosen = self._epoch[1][index % len(self._epoch[1])]
+        batch = collate(chosen, self.paths.meta)
         draw = torch.Generator().manual_seed(_mix(self.settings, 1_000_000 + self.step))
         self.predictor.train()
         rate = self.settings.learning_rate * schedule(self.progress(), self.settings.warmup)

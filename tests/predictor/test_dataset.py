@@ -94,6 +94,20 @@ def test_validation_prompts_are_apart_and_the_test_split_is_not_read(tmp_path):
     assert len(paths.train) == 36
 
 
+def test_a_prompt_recorded_twice_is_on_one_side(tmp_path):
+    """Prompts were told apart by folder and number, so validation held what another recording trained on."""
+    meta, rng = meta_of(), np.random.default_rng(0)
+    recorded = [sequence_of(meta, prompt, rng, 8) for prompt in range(20)]
+    for name, sequences in (("sampled", recorded), ("forced", recorded[::-1])):
+        with TraceWriter(tmp_path / name, meta) as writer:
+            for number, sequence in enumerate(sequences):
+                writer.append(dataclasses.replace(sequence, prompt=number))
+    paths = read_paths([tmp_path / "sampled", tmp_path / "forced"], None, 0.2, seed=0)
+    train, validation = ({s.target_ids_T.tobytes() for s in side} for side in (paths.train, paths.validation))
+    assert len(paths.validation) == 8
+    assert train.isdisjoint(validation)
+
+
 def test_traces_that_cannot_be_trained_on(tmp_path):
     with pytest.raises(ValueError, match="no trace was given"):
         read_paths([], None, 0.1, 0)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from expertflow.predictor import dataset
 from expertflow.predictor import train as training
-from expertflow.predictor.dataset import collate, read_paths
+from expertflow.predictor.dataset import collate, group, read_paths
 from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
 from expertflow.predictor.prior import start_from_counts
 from expertflow.predictor.sizes import TrainSettings, sizes_of
@@ -90,6 +91,17 @@ def test_training_starts_from_the_counts(tmp_path, source_layers):
 
 class Killed(Exception):
     pass
+
+
+def test_epochs_may_differ_in_their_number_of_batches(tmp_path, monkeypatch):
+    """Training ended in an IndexError where a later order packed into fewer batches than the first."""
+    paths = read_paths([write(tmp_path / "trace", meta_of(), prompts=60)], None, 0.1, 0)
+    settings = TrainSettings(**{**QUICK, "epochs": 8, "batch_tokens": 64})
+    monkeypatch.setattr(dataset, "_BATCHES_PER_POOL", 2)
+    orders = [group(paths.train, 64, training._mix(settings, epoch)) for epoch in range(8)]
+    assert min(map(len, orders)) < len(group(paths.train, 64, 0)), "nothing is tried otherwise"
+    curve = train(small_predictor(paths), paths, settings, tmp_path / "out", silent)
+    assert curve[-1].step == 8 * len(group(paths.train, 64, 0))
 
 
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
