@@ -645,6 +645,8 @@ def eval_predictor(
     console = Console()
     for table in report.tables(found, size):
         console.print(table)
+    if (ranking := report.next_use_table(found)) is not None:
+        console.print(ranking)
     _stderr().print(report.LEGEND)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

@@ -26,13 +26,16 @@ from expertflow.predictor.metrics import (
     log_absent,
 )
 from expertflow.predictor.online_table import OnlineTokenTable
-from expertflow.predictor.protocol import PathPredictor, SourcePredictor
+from expertflow.predictor.protocol import NextUsePredictor, PathPredictor, SourcePredictor
+from expertflow.predictor.ranking import ranking_quality
 from expertflow.predictor.replay import Group, Said, SaidAhead
 from expertflow.trace import TracedSequence, TraceMeta
 
 FORMAT = "expertflow-predictor-evaluation-1"
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CURVE_POINTS = 50
+RANKED_LENGTH = 16  # tokens of an answer from which next uses are judged
+RANKED_TOKENS = 4000  # of each task: every pair of residents is compared
 
 # Given a group, what a predictor of hidden states says: name -> p_BTLE, nan at the first layer.
 HiddenPredictors = Callable[[Group], Mapping[str, Tensor]]
@@ -110,6 +113,7 @@ def evaluate(
     if not there:
         raise ValueError("the split 'test' is empty: record more prompts, so that some are held out")
     results = []
+    next_use = []
     for side in sides(meta):
         fitted = Fitted.on(train, side, meta.vocab_size)
         warm = _groups(_up_to(train, conditions.warm_tokens, conditions), side, conditions)
@@ -121,6 +125,10 @@ def evaluate(
                 for phase, rows in _phases(groups, p_GBTLE, side):
                     row = {"predictor": name, "task": task, "in_domain": task in fitted_on}
                     results.append(row | {"side": side.name, "phase": phase} | judge(rows, conditions))
+            if not side.of_source:
+                progress(f"{task}, next use")
+                row = {"task": task, "in_domain": task in fitted_on}
+                next_use.append(row | _next_use(predictors, held_out, side, conditions))
     return {
         "format": FORMAT,
         "model": meta.model,
@@ -132,7 +140,46 @@ def evaluate(
         "seed": conditions.seed,
         "warm_tokens": conditions.warm_tokens,
         "results": results,
+        "next_use": next_use,
     }
+
+
+def _next_use(
+    predictors: Mapping[str, PathPredictor],
+    sequences: Sequence[TracedSequence],
+    side: Side,
+    conditions: Conditions,
+) -> dict[str, Any]:
+    """Whether scores order the residents of a cache as their next uses will: mean over sequences, batch 1.
+
+    Residents are the quarter of all experts that was used last. Only predictors that look beyond the pass
+    are asked; recency and frequency stand beside them. Sequences of fewer than 16 answer tokens are left out.
+    """
+    asked = {
+        name: p for name, p in predictors.items() if isinstance(p, NextUsePredictor) and _looks_further(p)
+    }
+    resident = max(2, side.layers * side.num_experts // 4)
+    layer_L1 = torch.arange(side.layers, dtype=torch.float32)[:, None]
+    totals: dict[str, float] = {}
+    long = [s for s in sequences if len(s.target_ids_T) - s.num_prefill >= RANKED_LENGTH]
+    judged = _up_to(long, RANKED_TOKENS, conditions)
+    for sequence in judged:
+        group = replay.pad([sequence], False, conditions.max_length)
+        truth_TLE = multi_hot(group.routes_BTLK[0], side.num_experts)
+        scores = {}
+        for name, predictor in asked.items():
+            passes_TLE = predictor.next_use_path(group.context(group.length, group.length))[0]
+            when_TLE = passes_TLE * side.layers + layer_L1
+            scores[name] = lambda t, when_TLE=when_TLE: -when_TLE[t]
+        for name, accuracy in ranking_quality(truth_TLE, scores, resident).items():
+            totals[name] = totals.get(name, 0.0) + accuracy / len(judged)
+    accuracy = {name: _number(total) for name, total in totals.items()}
+    return {"sequences": len(judged), "residents": resident, "pairwise_accuracy": accuracy}
+
+
+def _looks_further(predictor: object) -> bool:
+    """A predictor of a class that can may have been trained without that head."""
+    return getattr(predictor, "next_use_head", True) is not None
 
 
 @dataclass(frozen=True)
@@ -181,6 +228,7 @@ def _said(
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Name and p_BTLE of each group, of every predictor there is."""
     experts = side.num_experts
+    yield "oracle", [multi_hot(group.routes_BTLK, experts).float() for group in groups]
     yield "TLP", [_tlp(group, experts) for group in groups]
     yield "SLP", [replay.layer_by_layer(SLP(experts), group, experts) for group in groups]
     yield "popularity", [replay.all_at_once(fitted.popularity, group) for group in groups]

@@ -215,6 +215,16 @@ class RoutingPathPredictor(nn.Module):
             passes_LE += (end - horizon) * F.softplus(sooner_BLE).sum(0).neg().exp()
         return passes_LE
 
+    @torch.inference_mode()
+    def next_use_path(self, context: PathContext) -> Tensor:
+        """passes_BSLE: `next_use` of each row alone, just after each of the new positions."""
+        target_BT, mask_BT = context.target_BT, _mask(context.target_BT, context.target_mask_BT)
+        source_mask = None if context.source_BS is None else _mask(context.source_BS, context.source_mask_BS)
+        logits = self(target_BT, mask_BT, context.source_BS, source_mask, context.num_prefill_B)
+        states_BSD = logits.target_states_BTD[:, target_BT.shape[1] - context.num_new :]
+        passes = [self.next_use(states_1D[None]) for states_1D in states_BSD.flatten(0, 1)]
+        return torch.stack(passes).unflatten(0, states_BSD.shape[:2])
+
     def num_bytes(self) -> int:
         """Of all parameters as they are held now (`compact` first to see what a trained one takes)."""
         return sum(p.numel() * p.element_size() for p in self.parameters())

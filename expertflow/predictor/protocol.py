@@ -71,6 +71,15 @@ class SourcePredictor(Protocol):
 
 
 @runtime_checkable
+class NextUsePredictor(Protocol):
+    """Sees further than this pass: what a cache evicts by."""
+
+    def next_use_path(self, context: PathContext) -> Tensor:
+        """passes_BSLE: how many passes until the expert is used again, expected just after each new position."""
+        ...
+
+
+@runtime_checkable
 class OnlinePredictor(Protocol):
     """Learns from every route it is shown."""
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 _BATCH = "8"  # of the table and of Fig. 9: the paper does not say which it drew
 _OURS = 2.4  # line width of what is not a baseline
-_BASELINES = ("TLP", "SLP", "popularity", "token table", "online table", "look-ahead", "pre-gate")
+_BASELINES = ("oracle", "TLP", "SLP", "popularity", "token table", "online table", "look-ahead", "pre-gate")
 
 
 def save_json(found: dict[str, Any], path: Path) -> None:
@@ -42,6 +42,24 @@ def tables(found: dict[str, Any], expert_bytes: int | None = None) -> Iterator[T
         for row in rows:
             table.add_row(row["predictor"], *_cells(row, scale))
         yield table
+
+
+def next_use_table(found: dict[str, Any]) -> Table | None:
+    """Pairwise accuracy of eviction orders, by task; None in evaluations without it."""
+    rows = [row for row in found.get("next_use", []) if row["sequences"]]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row["pairwise_accuracy"]))
+    table = Table(
+        title=f"Who of {rows[0]['residents']} resident experts is used sooner? Pairs in the true order, batch 1",
+        title_justify="left",
+    )
+    table.add_column("task")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(row["task"], *(_share(row["pairwise_accuracy"].get(name)) for name in names))
+    return table
 
 
 def _cells(row: dict[str, Any], scale: float) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expertflow.predictor import evaluate as ev
-from expertflow.predictor import metrics, replay, report
+from expertflow.predictor import metrics, ranking, replay, report
 from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.evaluate import Conditions, Rows, evaluate, judge
 from tests.predictor import synthetic
@@ -62,11 +62,45 @@ def test_all_baselines_are_beside_it_always(found):
     for task in ("chat", "math"):
         names = [r["predictor"] for r in found["results"] if r["task"] == task and r["phase"] == "decode"]
         assert names == [
-            "TLP", "SLP", "popularity", "token table", "online table", "mine", "mine + online table",
+            "oracle", "TLP", "SLP", "popularity", "token table", "online table", "mine", "mine + online table",
         ]  # fmt: skip
     assert row_of(found, "mine")["in_domain"]
     assert not row_of(found, "mine", "math")["in_domain"]
     json.dumps(found, allow_nan=False)
+
+
+def test_the_oracle_is_the_bound(found):
+    for task in ("chat", "math"):
+        oracle = row_of(found, "oracle", task)
+        assert oracle["recall_equal_budget"] == 1.0
+        assert oracle["batches"]
+        for batch in oracle["batches"].values():
+            assert batch["experts_wasted"] == batch["experts_missed"] == 0
+
+
+class KnowsWhen(Knows):
+    """Also knows when an expert will be used again."""
+
+    def next_use_path(self, context):
+        (ids,) = context.target_BT.numpy().astype(np.int32)
+        truth_TLE = multi_hot(torch.from_numpy(self.path[ids.tobytes()].astype(np.int64)), EXPERTS)
+        return ranking.next_use(truth_TLE).clamp(max=1e6)[None]
+
+
+def test_next_uses_are_ranked_beside_recency_and_frequency():
+    sequences = synthetic.sequences(30)
+    long = [
+        s for s in sequences if len(s.target_ids_T) - s.num_prefill >= ev.RANKED_LENGTH and s.split == "test"
+    ]
+    predictors = {"when": KnowsWhen(sequences), "not asked": Knows(sequences)}
+    found = evaluate(synthetic.meta(), sequences, predictors, fitted_on=["chat"], conditions=SMALL)
+    (row,) = found["next_use"]
+    assert row["sequences"] == len(long) > 0
+    accuracy = row["pairwise_accuracy"]
+    assert set(accuracy) == {"when", "recency", "frequency"}
+    assert accuracy["when"] == pytest.approx(1.0)
+    assert 0.3 < accuracy["recency"] < 0.9
+    assert report.next_use_table(found).row_count == 1
 
 
 def test_who_knows_is_perfect_and_the_others_are_not(found):
@@ -237,7 +271,8 @@ def test_tables_and_figures(found, tmp_path):
         table = next(report.tables(found, size))
         assert table.title.endswith(f"in {unit}")
         wasted = row_of(found, "TLP")["batches"]["8"]["experts_wasted"]
-        assert next(iter(table.columns[5].cells)) == f"{wasted * factor:.1f}"
+        assert list(table.columns[0].cells)[:2] == ["oracle", "TLP"]
+        assert list(table.columns[5].cells)[1] == f"{wasted * factor:.1f}"
     files = {file.name for file in report.save_figures(found, tmp_path)}
     assert {
         "accuracy-decoder-decode.png",
