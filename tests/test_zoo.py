@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from expertflow.trace import TracedSequence, TraceMeta, TraceWriter, read_trace
 from zoo import make_sample
 from zoo import report as zoo_report
 from zoo import train as zoo_train
@@ -25,6 +26,7 @@ from zoo.experts import _gated_experts, switch_experts_forward
 from zoo.loss import linear_cross_entropy
 from zoo.optimizer import orthogonalize
 from zoo.routing import watch_routers
+from zoo.thin_trace import thin
 from zoo.train import Recipe, rate_scale
 
 SMALL = [
@@ -436,3 +438,42 @@ def test_pairs_of_a_window_come_once_each_and_with_little_padding(monkeypatch: p
         "random batches of these are two thirds full"
     )
     assert torch.equal(examples.batch(16, 8).input_BT, batches[2].input_BT), "a function of the number"
+
+
+def test_a_thin_trace_keeps_whole_prompts_and_drops_weights(tmp_path: Path) -> None:
+    meta = TraceMeta("0123456789abcdef", "tiny", (4, 4), 0, 2, 50, "made up", {})
+    rng = np.random.default_rng(0)
+    nothing = np.zeros((0, 0, 2), np.uint8)
+    with TraceWriter(tmp_path / "whole", meta) as writer:
+        for prompt in range(10):
+            for run in range(3):
+                ids = rng.integers(0, 50, 6).astype(np.int32)
+                routes = (
+                    np.stack([rng.permutation(4)[:2] for _ in range(12)]).reshape(6, 2, 2).astype(np.uint8)
+                )
+                weights = np.full((6, 2, 2), 0.5, np.float32)
+                split = "test" if prompt < 3 else "train"
+                writer.append(
+                    TracedSequence(
+                        prompt,
+                        run,
+                        split,
+                        "chat",
+                        ids[:0],
+                        nothing,
+                        nothing.astype(np.float32),
+                        ids,
+                        routes,
+                        weights,
+                        3,
+                    )
+                )
+    assert thin(tmp_path / "whole", tmp_path / "thin", 8) == 6, "two whole prompts of three runs"
+    kept = read_trace(tmp_path / "thin")
+    original = {(s.prompt, s.run): s for s in read_trace(tmp_path / "whole")}
+    assert len({s.prompt for s in kept}) == 2
+    for sequence in kept:
+        assert sequence.target_weights_TLK is None
+        assert (sequence.target_routes_TLK == original[sequence.prompt, sequence.run].target_routes_TLK).all()
+    with pytest.raises(ValueError, match="exists; give another folder"):
+        thin(tmp_path / "whole", tmp_path / "thin", 8)
