@@ -6,7 +6,7 @@ layout from the module's flags, never from model names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +54,11 @@ def run_experts(
         attachment.recorder(attachment.layer, index_TK, weight_TK)
     if num_tokens == 0:
         return hidden_TD.clone()
+    chosen = index_TK.reshape(-1).tolist()
+    if num_tokens == 1 and len(set(chosen)) == top_k and attachment.num_experts not in chosen:
+        return _one_token(attachment, hidden_TD, chosen, weight_TK, multiply)
     positions_of: dict[int, list[int]] = {}  # of T*K, by expert
-    for position, expert in enumerate(index_TK.reshape(-1).tolist()):
+    for position, expert in enumerate(chosen):
         positions_of.setdefault(expert, []).append(position)
     dropped = positions_of.pop(attachment.num_experts, [])
     if not positions_of:
@@ -74,27 +77,51 @@ def run_experts(
             token_of_row.append(position // top_k)
         if pad:
             token_of_row += [token_of_row[begin]] * (padded_rows(len(positions)) - len(positions))
-    in_order = num_tokens == 1 and len(positions_of) == top_k  # row k is position k: nothing to gather
-    rows_RD = hidden_TD if in_order else hidden_TD[_index(token_of_row, hidden_TD)]
-    out_RD = hidden_TD.new_empty(len(token_of_row), hidden_TD.shape[1])
-    predictor = attachment.look_ahead
-    for expert, weights in attachment.cache.open_layer(attachment.layer, list(positions_of)):
-        if predictor is not None:  # after this layer's demands went out, before anything is computed
-            if predicted := predictor.predict(hidden_TD):
-                attachment.cache.prefetch(predicted)
-            predictor = None
+    rows_RD = hidden_TD[_index(token_of_row, hidden_TD)]
+    out_RD = hidden_TD.new_empty(rows_RD.shape)
+    for expert, weights in _arriving(attachment, hidden_TD, list(positions_of)):
         begin = begin_of[expert]
-        if in_order:
-            out_RD[begin] = multiply(rows_RD, weights)[0]
-            continue
         end = begin + (padded_rows(len(positions_of[expert])) if pad else len(positions_of[expert]))
         out_RD[begin:end] = multiply(rows_RD[begin:end], weights)
-    out_SD = out_RD if in_order else out_RD[_index(row_of_position, hidden_TD)]
+    out_SD = out_RD[_index(row_of_position, hidden_TD)]
     weighted_SD = out_SD * weight_TK.reshape(-1, 1)
     if dropped:
         # A dropped token's weight may be anything; zero times infinity would not be zero.
         weighted_SD[dropped] = 0
     return weighted_SD.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_TD.dtype)
+
+
+def _one_token(
+    attachment: Attachment, hidden_1D: Tensor, chosen: list[int], weight_1K: Tensor, multiply: Multiply
+) -> Tensor:
+    """run_experts of one token with distinct experts: no rows to gather, and the sum still in the router's order.
+
+    Decode at batch 1 spends its time here: after each product has swept the caches, every line costs.
+    """
+    outs: list[Any] = [None] * len(chosen)
+    for expert, weights in _arriving(attachment, hidden_1D, chosen):
+        outs[chosen.index(expert)] = multiply(hidden_1D, weights)
+    weighted_KD = torch.cat(outs) * weight_1K.reshape(-1, 1)
+    return weighted_KD.sum(dim=0, keepdim=True).to(hidden_1D.dtype)
+
+
+def _arriving(attachment: Attachment, hidden_TD: Tensor, experts: list[int]) -> Iterator[tuple[int, Weights]]:
+    """The open layer's experts as they become ready; the next layer's are predicted meanwhile."""
+    assert attachment.cache is not None
+    arriving = attachment.cache.open_layer(attachment.layer, experts)
+    if attachment.look_ahead is None:
+        return arriving
+    return _looking_ahead(attachment.cache, attachment.look_ahead, hidden_TD, arriving)
+
+
+def _looking_ahead(
+    cache: ExpertCache, look_ahead: LookAhead, hidden_TD: Tensor, arriving: Iterator[tuple[int, Weights]]
+) -> Iterator[tuple[int, Weights]]:
+    first = next(arriving)  # after this layer's demands went out, before anything is computed
+    if predicted := look_ahead.predict(hidden_TD):
+        cache.prefetch(predicted)
+    yield first
+    yield from arriving
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:

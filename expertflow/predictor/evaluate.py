@@ -113,7 +113,7 @@ def evaluate(
     if not there:
         raise ValueError("the split 'test' is empty: record more prompts, so that some are held out")
     results = []
-    next_use = []
+    next_use: list[dict[str, Any]] = []
     for side in sides(meta):
         fitted = Fitted.on(train, side, meta.vocab_size)
         warm = _groups(_up_to(train, conditions.warm_tokens, conditions), side, conditions)
@@ -173,8 +173,8 @@ def _next_use(
             scores[name] = lambda t, when_TLE=when_TLE: -when_TLE[t]
         for name, accuracy in ranking_quality(truth_TLE, scores, resident).items():
             totals[name] = totals.get(name, 0.0) + accuracy / len(judged)
-    accuracy = {name: _number(total) for name, total in totals.items()}
-    return {"sequences": len(judged), "residents": resident, "pairwise_accuracy": accuracy}
+    ranked = {name: _number(total) for name, total in totals.items()}
+    return {"sequences": len(judged), "residents": resident, "pairwise_accuracy": ranked}
 
 
 def _looks_further(predictor: object) -> bool:
