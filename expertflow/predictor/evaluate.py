@@ -166,15 +166,19 @@ def _next_use(
     for sequence in judged:
         group = replay.pad([sequence], False, conditions.max_length)
         truth_TLE = multi_hot(group.routes_BTLK[0], side.num_experts)
-        scores = {}
+        scores: dict[str, Callable[[int], Tensor]] = {}
         for name, predictor in asked.items():
             passes_TLE = predictor.next_use_path(group.context(group.length, group.length))[0]
             when_TLE = passes_TLE * side.layers + layer_L1
-            scores[name] = lambda t, when_TLE=when_TLE: -when_TLE[t]
+            scores[name] = _soonest_first(when_TLE)
         for name, accuracy in ranking_quality(truth_TLE, scores, resident).items():
             totals[name] = totals.get(name, 0.0) + accuracy / len(judged)
     ranked = {name: _number(total) for name, total in totals.items()}
     return {"sequences": len(judged), "residents": resident, "pairwise_accuracy": ranked}
+
+
+def _soonest_first(when_TLE: Tensor) -> Callable[[int], Tensor]:
+    return lambda t: -when_TLE[t]
 
 
 def _looks_further(predictor: object) -> bool:
