@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from expertflow.models.fingerprint import fingerprint
 from expertflow.trace import TracedSequence, TraceMeta, TraceWriter, read_trace
 from zoo import make_sample
 from zoo import report as zoo_report
@@ -477,3 +478,26 @@ def test_a_thin_trace_keeps_whole_prompts_and_drops_weights(tmp_path: Path) -> N
         assert (sequence.target_routes_TLK == original[sequence.prompt, sequence.run].target_routes_TLK).all()
     with pytest.raises(ValueError, match="exists; give another folder"):
         thin(tmp_path / "whole", tmp_path / "thin", 8)
+
+
+COMMITTED = sorted((Path(__file__).parents[1] / "zoo" / "traces").glob("*/*/routes.trace"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-3:-1]))
+def test_committed_traces_are_whole_and_of_the_published_shape(path: Path) -> None:
+    trace = read_trace(path.parent)
+    arch = path.parts[-3]
+    shape = ARCHITECTURES["tiny" if arch == "tiny-moe" else arch].shape
+    assert trace.meta.experts_per_layer == (shape.experts,) * shape.layers
+    assert trace.meta.top_k == shape.top_k
+    assert {len(list(trace.split(split))) > 0 for split in ("train", "test")} == {True}
+    by_prompt: dict[int, set[int]] = {}
+    for sequence in trace:
+        by_prompt.setdefault(sequence.prompt, set()).add(sequence.run)
+    assert set(map(frozenset, by_prompt.values())) == {frozenset({0, 1, 2})}, "each prompt ran three times"
+
+
+def test_the_committed_traces_of_the_embedded_model_are_of_its_present_weights() -> None:
+    model = AutoModelForCausalLM.from_pretrained(Path(__file__).parents[1] / "models" / "tiny-moe")
+    traced = {read_trace(path.parent).meta.fingerprint for path in COMMITTED if "tiny-moe" in path.parts}
+    assert traced == {fingerprint(model)}
