@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from expertflow import LLM
 from expertflow.models.fingerprint import fingerprint
 from expertflow.trace import TracedSequence, TraceMeta, TraceWriter, read_trace
 from zoo import make_sample
@@ -498,6 +499,7 @@ def test_committed_traces_are_whole_and_of_the_published_shape(path: Path) -> No
 
 
 def test_the_committed_traces_of_the_embedded_model_are_of_its_present_weights() -> None:
-    model = AutoModelForCausalLM.from_pretrained(Path(__file__).parents[1] / "models" / "tiny-moe")
+    with LLM(Path(__file__).parents[1] / "models" / "tiny-moe", cache_size=2, context=64) as llm:
+        present = fingerprint(llm.model)
     traced = {read_trace(path.parent).meta.fingerprint for path in COMMITTED if "tiny-moe" in path.parts}
-    assert traced == {fingerprint(model)}
+    assert traced == {present}
