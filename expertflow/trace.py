@@ -142,6 +142,11 @@ def read_trace(folder: str | Path, weights: bool = True) -> Trace:
     and leaves it out. Raises ValueError naming the file and the record for anything else that is wrong.
     """
     path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no recording ({FILE_NAME} is missing); record one with `expertflow trace MODEL "
+            f"--dataset ... -o {folder}`"
+        )
     with path.open("rb") as file:
         meta = _read_header(file, path)
         records = _records(file, path)

@@ -281,7 +281,7 @@ def test_other_files_and_versions_are_named(tmp_path: Path) -> None:
     path.write_bytes(whole[:8] + struct.pack("<I", 2) + whole[12:])
     with pytest.raises(ValueError, match="version 2, and this expertflow reads version 1"):
         read_trace(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="has no recording"):
         read_trace(tmp_path / "nowhere")
 
 
@@ -307,3 +307,8 @@ def test_meta_data_are_checked(tmp_path: Path) -> None:
         replace(META, source_layers=4)
     with pytest.raises(ValueError, match="do not survive JSON"):
         TraceWriter(tmp_path, replace(META, settings={"top_p": (1, 2)}))
+
+
+def test_a_folder_without_a_recording_says_how_to_make_one(tmp_path):
+    with pytest.raises(ValueError, match=r"has no recording .*expertflow trace MODEL"):
+        read_trace(tmp_path / "nothing")
