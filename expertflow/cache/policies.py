@@ -5,13 +5,14 @@ A new policy costs two edits: its class and its line in POLICIES; the conformanc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Container, Iterator
 
 from expertflow.core import ExpertId, MoEShape
 
 
-class Policy:
+class Policy(ABC):
     """What the cache tells a policy, and the one question it asks.
 
     The cache calls `loaded` when an expert gets a slot, `used` when a layer that needs it opens, and
@@ -22,21 +23,21 @@ class Policy:
         self.shape = shape
         self.num_slots = num_slots
 
-    def loaded(self, expert: ExpertId) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def loaded(self, expert: ExpertId) -> None: ...
 
-    def used(self, expert: ExpertId) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def used(self, expert: ExpertId) -> None: ...
 
-    def evicted(self, expert: ExpertId) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def evicted(self, expert: ExpertId) -> None: ...
 
+    @abstractmethod
     def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
         """An expert of `offered` to make room for `wanted`, or None when nothing known is offered.
 
         Does not change the policy: the cache calls `evicted` when it follows the advice.
         """
-        raise NotImplementedError
 
     def prefers_waiting(self, offered: Container[ExpertId], wanted: ExpertId) -> bool:
         """Whether the open layer should rather wait until it is done with an expert of its own than have
