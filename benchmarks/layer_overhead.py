@@ -2,10 +2,10 @@
 
     python -m benchmarks.layer_overhead [--quick]
 
-Our function is called as transformers' dispatch calls it; the dispatch itself is not counted.
-The overhead is what it takes when each product is a ready result: grouping, cache, activation, sum.
-Beside it the difference to the bare products, timed in turn, call by call: the same rows with the same views
-and nothing else. That is a small difference of two large, noisy figures, so it is shown and not judged.
+Judged is the difference to the bare products, timed in turn, call by call: the same rows with the same views and
+nothing else. Beside it, for explanation only, what our function takes when each product is a ready result
+(grouping, cache, activation, sum, with warm caches): it is far less, since no product sweeps the caches.
+The function is called directly; transformers' dispatch to it is in neither figure.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
     loaded: Any = model.expertflow
     repetitions = 30 if options.quick else 200
     table = Table(title=f"one MoE layer, {shape.experts} experts of 17.3 MB, top-{shape.top_k}, all resident")
-    for column in ("tokens", "experts", "ours", "bare products", "difference", "overhead"):
+    for column in ("tokens", "experts", "ours", "bare products", "difference", "without products"):
         table.add_column(column, justify="right")
     metrics, targets = {}, {}
     for tokens in (1, 8, 32):
@@ -89,9 +89,14 @@ def main() -> None:
             "ours_s": ours_s,
             "bare_s": bare_s,
             "difference_s": ours_s - bare_s,
-            "overhead_s": overhead,
+            "without_products_s": overhead,
         }
-        targets[f"overhead_s_tokens_{tokens}"] = {"asked": 0.3e-3, "got": overhead, "met": overhead < 0.3e-3}
+        difference = ours_s - bare_s
+        targets[f"overhead_s_tokens_{tokens}"] = {
+            "asked": 0.3e-3,
+            "got": difference,
+            "met": difference < 0.3e-3,
+        }
         milliseconds = (f"{value * 1e3:.2f} ms" for value in (ours_s, bare_s, ours_s - bare_s, overhead))
         table.add_row(str(tokens), str(len(work)), *milliseconds)
     console.print(table)
