@@ -177,6 +177,12 @@ class _ReadyExperts:
         self._weights = weights
         self._eviction = eviction
 
+    def open_ready(self, layer: int, experts: Sequence[int]) -> None:
+        """Not this way: under a budget most layers of a step miss something."""
+
+    def close_ready(self) -> None:
+        pass
+
     def open_layer(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Weights]]:
         for expert in experts:
             if self._eviction:

@@ -75,8 +75,8 @@ def test_a_model_that_does_not_fit_is_checked_layer_by_layer(mixtral, monkeypatc
 @pytest.mark.parametrize("layer_by_layer", [False, True], ids=["whole", "layer_by_layer"])
 def test_a_wrong_product_is_found(mixtral, monkeypatch, layer_by_layer):
     """Same bits among ourselves, and still not the model: only transformers can tell."""
-    right = experts._multiply
-    monkeypatch.setattr(experts, "_multiply", lambda *args: right(*args) * 1.01)
+    right = experts.Products.multiply
+    monkeypatch.setattr(experts.Products, "multiply", lambda *args: right(*args) * 1.01)
     report = check_model(mixtral, Settings(cache_size=2), layer_by_layer=layer_by_layer, **QUICK)
     assert report.ours_identical
     assert not report.agrees_with_transformers
@@ -85,8 +85,8 @@ def test_a_wrong_product_is_found(mixtral, monkeypatch, layer_by_layer):
 
 
 def test_not_a_number_is_found(mixtral, monkeypatch):
-    right = experts._multiply
-    monkeypatch.setattr(experts, "_multiply", lambda *args: right(*args) * float("nan"))
+    right = experts.Products.multiply
+    monkeypatch.setattr(experts.Products, "multiply", lambda *args: right(*args) * float("nan"))
     for layer_by_layer in (False, True):
         report = check_model(mixtral, Settings(cache_size=2), layer_by_layer=layer_by_layer, **QUICK)
         assert not report.agrees_with_transformers
@@ -94,13 +94,11 @@ def test_not_a_number_is_found(mixtral, monkeypatch):
 
 def test_a_cache_that_shows_is_found(mixtral, monkeypatch):
     """Off by one millionth per slot: far inside every tolerance, and yet not the same bits."""
-    right = experts._multiply
+    right = experts.run_experts
     monkeypatch.setattr(
         experts,
-        "_multiply",
-        lambda module, attachment, rows, weights: (
-            right(module, attachment, rows, weights) * (1 + 1e-6 * attachment.cache.num_slots)
-        ),
+        "run_experts",
+        lambda attachment, *args: right(attachment, *args) * (1 + 1e-6 * attachment.cache.num_slots),
     )
     report = check_model(mixtral, Settings(cache_size=2), **QUICK)
     assert not report.ours_identical
@@ -112,12 +110,14 @@ def test_a_cache_that_shows_is_found(mixtral, monkeypatch):
 def test_a_stale_prefetch_is_found(mixtral, monkeypatch):
     """A hint that changes an output bit, as a slot overwritten in use would."""
     hinted = []
-    prefetch, right = ExpertCache.prefetch, experts._multiply
+    prefetch, right = ExpertCache.prefetch, experts.Products.multiply
     monkeypatch.setattr(
         ExpertCache, "prefetch", lambda self, wanted: (hinted.append(len(wanted)), prefetch(self, wanted))
     )
     monkeypatch.setattr(
-        experts, "_multiply", lambda *args: right(*args) * (1.01 if hinted and hinted[-1] == 16 else 1)
+        experts.Products,
+        "multiply",
+        lambda *args: right(*args) * (1.01 if hinted and hinted[-1] == 16 else 1),
     )
     report = check_model(mixtral, Settings(cache_size=2), **QUICK)
     assert set(hinted) >= {0, 16}
@@ -131,8 +131,8 @@ def test_the_command_prints_and_returns_its_status(mixtral, monkeypatch):
     assert run_check(str(mixtral), Settings(), console=Console(file=text, width=200), **QUICK) == 0
     assert "4 of 16 experts in memory" in text.getvalue(), "a quarter, when no size is given"
     assert "passed: " in text.getvalue()
-    right = experts._multiply
-    monkeypatch.setattr(experts, "_multiply", lambda *args: right(*args) * 2)
+    right = experts.Products.multiply
+    monkeypatch.setattr(experts.Products, "multiply", lambda *args: right(*args) * 2)
     assert run_check(str(mixtral), Settings(), as_json=True, console=Console(file=machine), **QUICK) == 1
     report = json.loads(machine.getvalue())
     assert report["passed"] is False

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 Weights = dict[str, tuple[Tensor, ...]]
 
+_READY = object()  # the turn of open_ready
+_MOST_DEFERRED = 256  # layers whose books may wait: what catching up may cost one of them
+
 
 class ExpertCache:
     """A bounded set of experts in fast memory over a store that has them all.
@@ -59,13 +62,19 @@ class ExpertCache:
         self.table = SlotTable(num_slots)
         self.plan = CachePlan(self.table, POLICIES[policy](shape, num_slots))
         self.memory = SlotMemory(store, num_slots, dtype)
-        self.stats = CacheStats(shape, num_slots, self.memory.slot_bytes, store.io_mode)
-        self.events: list[tuple] | None = [] if record_events else None
-        self._condition = threading.Condition()
-        self._weights: dict[ExpertId, Weights] = {}
+        self._stats = CacheStats(shape, num_slots, self.memory.slot_bytes, store.io_mode)
+        self._events: list[tuple] | None = [] if record_events else None
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
+        self._weights: dict[tuple[int, int], Weights] = {}  # by ExpertId, of those that are ready
         self._failed: dict[ExpertId, BaseException] = {}
         self._prefetched_unused: set[ExpertId] = set()
         self._line: dict[object, int] = {}  # turns of open_layer, the open one first -> thread that took it
+        self._deferred: list[
+            tuple[int, Sequence[int]]
+        ] = []  # layers of open_ready that the books do not know yet
+        self._ready_since = 0.0
+        self._pinned_late: list[ExpertId] = []  # of the layer that open_ready holds, once the books know it
         self._broken: BaseException | None = None
         self._closed = False
         self._loader = Loader(self.memory, self._condition, self._load_finished)
@@ -73,6 +82,20 @@ class ExpertCache:
     @property
     def num_slots(self) -> int:
         return self.table.num_slots
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counters up to now; ask again for later ones, since `open_ready` is counted when somebody asks."""
+        with self._condition:
+            self._catch_up()
+        return self._stats
+
+    @property
+    def events(self) -> list[tuple] | None:
+        """The inputs and actions of the plan up to now, if they are recorded."""
+        with self._condition:
+            self._catch_up()
+        return self._events
 
     def prefetch(self, experts: Iterable[ExpertId]) -> None:
         """Hint that these experts will be needed, soonest first. Returns at once.
@@ -98,7 +121,7 @@ class ExpertCache:
             raise ValueError(f"open_layer of layer {layer}: experts {list(experts)} are not distinct")
         pending: dict[ExpertId, None] = {}
         current: ExpertId | None = None
-        counters = self.stats.layers[layer]
+        counters = self._stats.layers[layer]
         started = time.perf_counter()
         turn = object()
         try:
@@ -141,9 +164,45 @@ class ExpertCache:
             if was_open:
                 counters.open_seconds += time.perf_counter() - started
 
+    def open_ready(self, layer: int, experts: Sequence[int]) -> list[Weights] | None:
+        """The weights of all of these distinct experts if they are ready and nobody waits for anything, else None.
+
+        The short way through `open_layer` for a decode step that finds everything: after each product has swept
+        the core's caches every line costs, so the books learn of the layer when somebody next needs them. Not
+        None: the layer is open, and the weights valid, until this thread calls `close_ready`.
+        """
+        with self._lock:
+            if self._line or self._closed or self._broken or self._loader.died_of or not self.plan.quiet:
+                return None
+            weights = [self._weights.get((layer, expert)) for expert in experts]
+            if not all(weights):
+                return None
+            if len(self._deferred) >= _MOST_DEFERRED:
+                self._catch_up()
+            self._line[_READY] = threading.get_ident()
+            self._deferred.append((layer, experts))
+            self._ready_since = time.perf_counter()
+            return weights  # type: ignore[return-value]  # mypy does not see that all of them are there
+
+    def close_ready(self) -> None:
+        """End what `open_ready` opened in this thread; without it, nothing happens."""
+        with self._lock:
+            if self._line.get(_READY) != threading.get_ident():
+                return
+            try:
+                if self._pinned_late and self._broken is None:
+                    with self._changing_books(even_if_closed=True):
+                        while self._pinned_late:
+                            self._release(self._pinned_late.pop(0))
+            finally:
+                del self._line[_READY]
+                if self._line:
+                    self._condition.notify_all()
+
     def reset_stats(self) -> None:
         with self._condition:
-            self.stats.reset()
+            self._catch_up()
+            self._stats.reset()
             self._prefetched_unused.clear()
 
     def wait_idle(self) -> None:
@@ -166,11 +225,31 @@ class ExpertCache:
         with self._condition:
             self._verify_usable(even_if_closed)
             try:
+                self._catch_up()
                 yield
             except BaseException as error:
                 self._broken = error
                 self._condition.notify_all()
                 raise
+
+    def _catch_up(self) -> None:
+        """Enter the layers of `open_ready` in the books, before anything else is decided or read from them.
+
+        They found all they needed while nothing waited, so there is nothing to do but count; the one that is
+        still open gets the pins that protect it from what comes next.
+        """
+        if not self._deferred or self._broken is not None:
+            return
+        deferred, self._deferred = self._deferred, []
+        held = _READY in self._line
+        for place, (layer, experts) in enumerate(deferred, 1):
+            needed = [ExpertId(layer, expert) for expert in experts]
+            self._open(layer, needed)
+            if held and place == len(deferred):
+                self._pinned_late = needed
+            else:
+                for expert in needed:
+                    self._release(expert)
 
     def _verify_usable(self, even_if_closed: bool = False) -> None:
         if self._broken is not None:
@@ -205,11 +284,11 @@ class ExpertCache:
     def _open(self, layer: int, needed: list[ExpertId]) -> None:
         opened = self.plan.open_layer(layer, needed)
         self._record("open_layer", layer, tuple(needed))
-        counters = self.stats.layers[layer]
+        counters = self._stats.layers[layer]
         counters.hits += len(opened.ready)
         counters.in_flight += len(opened.in_flight)
         counters.misses += len(opened.missing)
-        uses_E = self.stats.uses_LE[layer]
+        uses_E = self._stats.uses_LE[layer]
         for expert in needed:
             uses_E[expert.expert] += 1
             self._prefetched_unused.discard(expert)
@@ -265,14 +344,14 @@ class ExpertCache:
                     del self._weights[action.evicted]
                     self._count_unused(action.evicted)
                 if not action.urgent:
-                    self.stats.prefetches += 1
+                    self._stats.prefetches += 1
                     self._prefetched_unused.add(action.expert)
                 self._loader.submit(action.expert, action.slot, action.urgent)
             elif isinstance(action, Promote):
                 self._loader.promote(action.expert)
             elif isinstance(action, Cancel):
                 if self._loader.cancel(action.expert):
-                    self.stats.cancelled += 1
+                    self._stats.cancelled += 1
                     self._count_unused(action.expert)
                     self._record("load_abandoned", action.expert)
                     todo += self.plan.load_abandoned(action.expert)
@@ -283,19 +362,19 @@ class ExpertCache:
     def _count_unused(self, expert: ExpertId) -> None:
         if expert in self._prefetched_unused:
             self._prefetched_unused.discard(expert)
-            self.stats.prefetches_unused += 1
+            self._stats.prefetches_unused += 1
 
     def _load_finished(
         self, expert: ExpertId, nbytes: int, seconds: float, error: BaseException | None
     ) -> None:
         with self._changing_books(even_if_closed=True):
-            self.stats.layers[expert.layer].bytes_read += nbytes
-            self.stats.read_seconds += seconds
-            self.stats.io_mode = self.store.io_mode  # known for sure only after reads
+            self._stats.layers[expert.layer].bytes_read += nbytes
+            self._stats.read_seconds += seconds
+            self._stats.io_mode = self.store.io_mode  # known for sure only after reads
             if error is None:
                 slot = self.table.lookup(expert)
                 assert slot is not None, f"{expert} was loaded into no slot"
-                self.stats.loads_LE[expert.layer][expert.expert] += 1
+                self._stats.loads_LE[expert.layer][expert.expert] += 1
                 self._weights[expert] = tensors(self.memory.slot(slot), self.memory.placement(expert))
                 self._record("load_finished", expert)
                 self._execute(self.plan.load_finished(expert))
@@ -307,5 +386,5 @@ class ExpertCache:
                 self._abandon(expert)
 
     def _record(self, *event: object) -> None:
-        if self.events is not None:
-            self.events.append(event)
+        if self._events is not None:
+            self._events.append(event)

@@ -92,6 +92,11 @@ class CachePlan:
         """No demand and no hint waits for a slot, so a release would start nothing."""
         return not self._demands and not self._hints
 
+    @property
+    def quiet(self) -> bool:
+        """Content, and no prefetch under way: a layer that finds all it needs asks for no action."""
+        return not self._demands and not self._hints and not self._prefetching
+
     def prefetch(self, experts: Iterable[ExpertId]) -> list[Action]:
         """Take note of experts that will be needed, soonest first, and load what fits now.
 

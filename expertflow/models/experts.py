@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expertflow.cache.expert_cache import ExpertCache, Weights
-from expertflow.models.products import linear
+from expertflow.models.products import linear, weight_first
 
 if TYPE_CHECKING:
     from expertflow.models.lookahead import LookAhead
@@ -34,13 +34,21 @@ class Attachment:
     stored_transposed: frozenset[str] = frozenset()
     look_ahead: LookAhead | None = None  # what predicts the next layer
     recorder: Recorder | None = None  # is told every routing of this layer (capture.py)
+    products: Products | None = None  # made at the first call
 
 
 Multiply = Callable[[Tensor, Weights], Tensor]
+# (row_1D, weights of K experts) -> [K, D]: the same bits as multiply of each, or None where it cannot promise that.
+Together = Callable[[Tensor, list[Weights]], Tensor | None]
 
 
 def run_experts(
-    attachment: Attachment, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, multiply: Multiply
+    attachment: Attachment,
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    multiply: Multiply,
+    together: Together | None = None,
 ) -> Tensor:
     """Sum over each token's experts of weight times multiply(token, expert), [T, D].
 
@@ -56,7 +64,7 @@ def run_experts(
         return hidden_TD.clone()
     chosen = index_TK.reshape(-1).tolist()
     if num_tokens == 1 and len(set(chosen)) == top_k and attachment.num_experts not in chosen:
-        return _one_token(attachment, hidden_TD, chosen, weight_TK, multiply)
+        return _one_token(attachment, hidden_TD, chosen, weight_TK, multiply, together)
     positions_of: dict[int, list[int]] = {}  # of T*K, by expert
     for position, expert in enumerate(chosen):
         positions_of.setdefault(expert, []).append(position)
@@ -92,17 +100,34 @@ def run_experts(
 
 
 def _one_token(
-    attachment: Attachment, hidden_1D: Tensor, chosen: list[int], weight_1K: Tensor, multiply: Multiply
+    attachment: Attachment,
+    hidden_1D: Tensor,
+    chosen: list[int],
+    weight_1K: Tensor,
+    multiply: Multiply,
+    together: Together | None,
 ) -> Tensor:
     """run_experts of one token with distinct experts: no rows to gather, and the sum still in the router's order.
 
     Decode at batch 1 spends its time here: after each product has swept the caches, every line costs.
     """
+    if together is not None and attachment.look_ahead is None:
+        cache = attachment.cache
+        assert cache is not None
+        try:
+            ready = cache.open_ready(attachment.layer, chosen)
+            if ready and (out_KD := together(hidden_1D, ready)) is not None:
+                return _weighted_sum(out_KD, weight_1K)
+        finally:
+            cache.close_ready()
     outs: list[Any] = [None] * len(chosen)
     for expert, weights in _arriving(attachment, hidden_1D, chosen):
         outs[chosen.index(expert)] = multiply(hidden_1D, weights)
-    weighted_KD = torch.cat(outs) * weight_1K.reshape(-1, 1)
-    return weighted_KD.sum(dim=0, keepdim=True).to(hidden_1D.dtype)
+    return _weighted_sum(torch.cat(outs), weight_1K)
+
+
+def _weighted_sum(out_KD: Tensor, weight_1K: Tensor) -> Tensor:
+    return (out_KD * weight_1K.reshape(-1, 1)).sum(dim=0, keepdim=True).to(out_KD.dtype)
 
 
 def _arriving(attachment: Attachment, hidden_TD: Tensor, experts: list[int]) -> Iterator[tuple[int, Weights]]:
@@ -154,29 +179,91 @@ def expertflow_experts(
     if hidden_states.is_meta:
         return torch.empty_like(hidden_states)
 
-    def multiply(rows_ND: Tensor, weights: Weights) -> Tensor:
-        return _multiply(module, attachment, rows_ND, weights)
-
-    return run_experts(attachment, hidden_states, top_k_index, top_k_weights, multiply)
-
-
-def _multiply(module: Any, attachment: Attachment, rows_ND: Tensor, weights: Weights) -> Tensor:
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    up = _project(module, attachment, rows_ND, weights, first)
-    inner_NI = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    out_ND = _project(module, attachment, inner_NI, weights, "down_proj")
-    return module.post_expert_norm(out_ND) if module.has_post_expert_norm else out_ND
+    products = attachment.products
+    if products is None:
+        products = attachment.products = Products(module, attachment.stored_transposed)
+    together = products.together if products.most_together != 0 else None
+    return run_experts(attachment, hidden_states, top_k_index, top_k_weights, products.multiply, together)
 
 
-def _project(module: Any, attachment: Attachment, rows: Tensor, weights: Weights, role: str) -> Tensor:
-    parts = weights[role]
-    transposed = module.is_transposed != (role in attachment.stored_transposed)
-    bias = weights[f"{role}_bias"][0] if module.has_bias else None
-    if transposed:
-        (matrix,) = parts  # [in, out]; spans.py never splits these
-        out = rows @ matrix
+class Products:
+    """The arithmetic of one module's experts. Its layout does not change, so what follows from it is found once."""
+
+    def __init__(self, module: Any, stored_transposed: frozenset[str]):
+        self.module = module
+        self.stored_transposed = stored_transposed
+        # One product [out, in] per projection and nothing but the activation between them.
+        self.plain = not (
+            module.is_transposed or module.has_bias or module.has_post_expert_norm or stored_transposed
+        )
+        self.first = "gate_up_proj" if module.has_gate else "up_proj"
+        self.gate = module._apply_gate if module.has_gate else module.act_fn
+        # So many experts go through `together` at once; 0 once it is known that none do.
+        self.most_together = None if self.plain else 0
+        # Scratch of `together`, with its rows as views: to be used with the layer open, so by one thread at a time.
+        self._up_KH, self._out_KD = torch.empty(0), torch.empty(0)
+        self._ups: list[Tensor] = []
+        self._outs: list[Tensor] = []
+
+    def multiply(self, rows_ND: Tensor, weights: Weights) -> Tensor:
+        """One expert on the rows routed to it: [N, D] to [N, D]."""
+        first, down = weights[self.first], weights["down_proj"]
+        if self.plain and len(first) == 1:  # the common layout, without a line too many
+            return linear(self.gate(linear(rows_ND, first[0])), down[0])
+        out_ND = self._project(self.gate(self._project(rows_ND, weights, self.first)), weights, "down_proj")
+        return self.module.post_expert_norm(out_ND) if self.module.has_post_expert_norm else out_ND
+
+    def _project(self, rows: Tensor, weights: Weights, role: str) -> Tensor:
+        parts = weights[role]
+        transposed = self.module.is_transposed != (role in self.stored_transposed)
+        bias = weights[f"{role}_bias"][0] if self.module.has_bias else None
+        if transposed:
+            (matrix,) = parts  # [in, out]; spans.py never splits these
+            out = rows @ matrix
+            return out.add_(bias) if bias is not None else out
+        if len(parts) == 1:
+            return linear(rows, parts[0], bias)
+        out = torch.cat([linear(rows, part) for part in parts], dim=-1)
         return out.add_(bias) if bias is not None else out
-    if len(parts) == 1:
-        return linear(rows, parts[0], bias)
-    out = torch.cat([linear(rows, part) for part in parts], dim=-1)
-    return out.add_(bias) if bias is not None else out
+
+    def together(self, row_1D: Tensor, weights_K: list[Weights]) -> Tensor | None:
+        """`multiply` of one row with each of K experts, [K, D]: products follow each other with few lines between.
+
+        The result is valid until the next call. None where this might change a bit, see `_find_most_together`.
+        """
+        if len(weights_K) != len(self._ups):
+            if self.most_together is None:
+                self.most_together = self._find_most_together(weights_K)
+            if len(weights_K) > self.most_together:
+                return None
+            first, down = weights_K[0][self.first][0], weights_K[0]["down_proj"][0]
+            self._up_KH = row_1D.new_empty(len(weights_K), first.shape[0])
+            self._out_KD = row_1D.new_empty(len(weights_K), down.shape[0])
+            self._ups, self._outs = list(self._up_KH), list(self._out_KD)
+        role, row_D = self.first, row_1D[0]
+        for weights, up_H in zip(weights_K, self._ups):  # noqa: B905 - same length, and a hot line
+            torch.mv(weights[role][0], row_D, out=up_H)
+        for weights, inner_I, out_D in zip(weights_K, self.gate(self._up_KH), self._outs):  # noqa: B905
+            torch.mv(weights["down_proj"][0], inner_I, out=out_D)
+        return self._out_KD
+
+    def _find_most_together(self, weights_K: list[Weights]) -> int:
+        """len(weights_K) if `together` gives each of so many experts the bits of `multiply`, else 0.
+
+        Products must be the matrix-vector products that `linear` takes for one row. The activation of K rows at
+        once is each row's own only if rows are whole vectors: on the CPU torch computes the odd elements at the
+        end by other code, whose last bits may differ (128 holds the longest, unrolled, in each half of a fused
+        projection), and divides 32,768 elements among threads wherever that falls. Some functions take another
+        way altogether for a single row (gelu in oneDNN): those are found by trying.
+        """
+        parts = weights_K[0][self.first]
+        if len(parts) > 1:
+            return 0
+        if not (weight_first(1, parts[0]) and weight_first(1, weights_K[0]["down_proj"][0])):
+            return 0
+        num_experts, width = len(weights_K), parts[0].shape[0]
+        if width % 128 != 0 or num_experts * width >= 32768:
+            return 0
+        up_KH = torch.linspace(-8, 8, num_experts * width).to(parts[0].dtype).view(num_experts, width)
+        alone_KI = torch.cat([self.gate(up_1H) for up_1H in up_KH.split(1)])
+        return num_experts if torch.equal(self.gate(up_KH), alone_KI) else 0

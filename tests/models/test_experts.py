@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import _default_apply_gate
 
-from expertflow.models.experts import Attachment, padded_rows, run_experts
+from expertflow.models.experts import Attachment, Products, expertflow_experts, padded_rows, run_experts
 
 
 class ScalingExperts:
@@ -64,3 +69,100 @@ def test_row_counts_collapse_to_a_few_sizes() -> None:
     for rows in range(1, 1025):
         assert rows <= padded_rows(rows) <= max(2 * rows - 2, 1) or padded_rows(rows) <= rows * 1.25
     assert [padded_rows(rows) for rows in (1, 2, 3, 8, 9, 16, 17, 33)] == [1, 2, 4, 8, 10, 16, 20, 40]
+
+
+def module_of(
+    width: int, hidden: int, act: str, has_gate: bool = True, count: int = 6, **flags
+) -> tuple[SimpleNamespace, list]:
+    """An experts module as transformers makes it, and the weights of `count` experts."""
+    module = SimpleNamespace(
+        has_gate=has_gate, has_bias=False, is_transposed=False, has_post_expert_norm=False, act_fn=ACT2FN[act]
+    )
+    module._apply_gate = partial(_default_apply_gate, module)
+    vars(module).update(flags)
+    draw = torch.Generator().manual_seed(width)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).mul_(0.05).bfloat16()
+
+    first = "gate_up_proj" if has_gate else "up_proj"
+    rows = 2 * width if has_gate else width
+    return module, [
+        {first: (random(rows, hidden),), "down_proj": (random(hidden, width),)} for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("act", "has_gate"), [("silu", True), ("gelu_pytorch_tanh", False), ("relu2", False), ("tanh", True)]
+)
+@pytest.mark.parametrize("width", [640, 1408])
+def test_one_row_gets_the_same_bits_from_experts_together_and_alone(act, has_gate, width):
+    module, weights = module_of(width, 1024, act, has_gate)
+    products = Products(module, frozenset())
+    for seed, chosen in enumerate(([0, 1, 2, 3], [5, 4, 3, 2], [1, 5])):
+        row = torch.randn(1, 1024, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        together = products.together(row, [weights[expert] for expert in chosen])
+        alone = torch.cat([products.multiply(row, weights[expert]) for expert in chosen])
+        assert together is not None
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize(
+    ("width", "flags", "stored_transposed"),
+    [
+        (1000, {}, ()),  # odd elements at the end of a row
+        (64, {}, ()),  # so small that `linear` is F.linear
+        (8192, {}, ()),  # an activation of four rows is divided among threads
+        (640, {"act_fn": nn.Softmax(dim=0)}, ()),  # not each row's own
+        (640, {"has_bias": True}, ()),
+        (640, {"is_transposed": True}, ()),
+        (640, {"has_post_expert_norm": True}, ()),
+        (640, {}, ("down_proj",)),
+    ],
+)
+def test_what_may_change_a_bit_is_not_done_together(width, flags, stored_transposed):
+    module, weights = module_of(width, 1024, "silu", count=1, **flags)
+    products = Products(module, frozenset(stored_transposed))
+    assert products.together(torch.ones(1, 1024).bfloat16(), weights * 4) is None
+
+
+class ResidentExperts(ScalingExperts):
+    """All ready; counts the ways in."""
+
+    def __init__(self, weights: list[dict]):
+        self.weights, self.ways = weights, Counter[str]()
+
+    def open_layer(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, dict]]:
+        self.ways["long"] += 1
+        yield from ((expert, self.weights[expert]) for expert in reversed(experts))
+
+    def open_ready(self, layer: int, experts: Sequence[int]) -> list[dict]:
+        self.ways["short"] += 1
+        return [self.weights[expert] for expert in experts]
+
+    def close_ready(self) -> None:
+        self.ways["closed"] += 1
+
+
+def test_a_token_takes_the_short_way_and_gets_the_bits_of_the_long_one():
+    module, weights = module_of(640, 1024, "silu")
+    cache = ResidentExperts(weights)
+    module.expertflow = Attachment(cache, 0, 6)  # type: ignore[arg-type]
+    row, index = torch.randn(1, 1024).bfloat16(), torch.tensor([[4, 0, 3]])
+    weight = torch.tensor([[0.5, 0.3, 0.2]]).bfloat16()
+    short = expertflow_experts(module, row, index, weight)
+    assert cache.ways == {"short": 1, "closed": 1}
+    long = run_experts(module.expertflow, row, index, weight, Products(module, frozenset()).multiply)
+    assert cache.ways == {"short": 1, "closed": 1, "long": 1}
+    assert torch.equal(short, long)
+    again = expertflow_experts(module, -row, index, weight)
+    assert not torch.equal(again, short), "the scratch of the first call was handed out"
+
+
+def test_the_layer_is_closed_when_its_arithmetic_fails():
+    module, weights = module_of(640, 1024, "silu")
+    cache = ResidentExperts(weights)
+    module.expertflow = Attachment(cache, 0, 6)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError):
+        expertflow_experts(module, torch.randn(1, 7).bfloat16(), torch.tensor([[1, 2]]), torch.ones(1, 2))
+    assert cache.ways["closed"] == 1
