@@ -257,6 +257,9 @@ def _read_prompt(prompt: str | None, file: Path | None, chat: bool) -> str | Non
 def _load(model: str, revision: str | None, settings: dict[str, Any]) -> LLM:
     Settings(**settings)  # wrong values are reported before seconds of imports
     _quiet_unless_terminal()
+    from expertflow.read_ahead import read_early
+
+    read_early(Path(model).expanduser())  # before the imports: they take as long as reading
     from expertflow.engine.llm import LLM
 
     return LLM(model, revision=revision, **settings)

@@ -40,6 +40,7 @@ from expertflow.models.lookahead import look_ahead_for
 from expertflow.models.products import speed_up_dense
 from expertflow.models.spans import ExpertSpans, MoELayer, derive_expert_spans, find_moe_layers
 from expertflow.models.switch import OffloadedExperts
+from expertflow.read_ahead import will_need
 from expertflow.store.checkpoint import Checkpoint, TensorSpan, open_checkpoint
 from expertflow.store.disk import DiskStore
 from expertflow.store.ram import RamStore
@@ -227,17 +228,9 @@ def take_out_experts(model: PreTrainedModel, moe_layers: Sequence[MoELayer], spa
 
 
 def read_ahead(spans: Sequence[TensorSpan]) -> None:
-    """Ask the kernel for these tensors now, so that the disk works while the loader is still preparing.
-
-    Asking takes 0.35 s for 0.9 GB, so a thread of its own does it. Nothing waits for it: it is a hint.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return
+    """Ask the kernel for these tensors now, so that the disk works while the loader is still preparing."""
     for path in {span.path for span in spans}:
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            for span in spans:
-                if span.path == path:
-                    os.posix_fadvise(file.fileno(), span.offset, span.nbytes, os.POSIX_FADV_WILLNEED)
+        will_need(path, [(span.offset, span.nbytes) for span in spans if span.path == path])
 
 
 @torch.no_grad()

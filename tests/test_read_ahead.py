@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from expertflow import read_ahead
+from expertflow.read_ahead import read_early
+from expertflow.store.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no read-ahead hints here")
+DENSE = ("model.embed_tokens.weight", "model.layers.0.mlp.shared_experts.up_proj.weight", "lm_head.weight")
+EXPERTS = (
+    "model.layers.0.mlp.experts.0.up_proj.weight",
+    "encoder.block.1.layer.1.mlp.experts.expert_0.wi.weight",
+)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, int, int]]:
+    """(file, offset, length) of every piece the kernel was asked for."""
+    hints: list[tuple[str, int, int]] = []
+
+    def fadvise(descriptor: int, offset: int, nbytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        hints.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, offset, nbytes))
+
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
+    return hints
+
+
+def read_and_wait(folder: Path) -> None:
+    thread = read_early(folder)
+    assert thread is not None
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def write_index(folder: Path) -> None:
+    places = {
+        key: path.name
+        for path in folder.glob("*.safetensors")
+        for key in safe_open(path, "pt").keys()  # noqa: SIM118 - not a dict
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def test_dense_weights_are_asked_for_where_they_lie_and_experts_are_not(tmp_path, asked):
+    save_file({key: torch.ones(4, 8) for key in (*DENSE[:2], *EXPERTS)}, tmp_path / "model-1.safetensors")
+    save_file({DENSE[2]: torch.ones(16), "stack": torch.ones(2, 3, 4)}, tmp_path / "model-2.safetensors")
+    write_index(tmp_path)
+    spans = open_checkpoint(tmp_path).spans
+    read_and_wait(tmp_path)
+    expected = [(spans[key].path.name, spans[key].offset, spans[key].nbytes) for key in DENSE]
+    assert sorted(asked) == sorted(expected)
+
+
+def test_it_stops_at_its_limit(tmp_path, asked, monkeypatch):
+    save_file({DENSE[0]: torch.ones(100)}, tmp_path / "model-1.safetensors")
+    save_file({DENSE[2]: torch.ones(100)}, tmp_path / "model-2.safetensors")
+    monkeypatch.setattr(read_ahead, "MOST_BYTES", 700)
+    read_and_wait(tmp_path)
+    assert [name for name, _, _ in asked] == ["model-1.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff" * 20, (2).to_bytes(8, "little") + b"[]", (13).to_bytes(8, "little") + b'{"a":{"b":1}}'],
+)
+def test_a_damaged_file_is_somebody_elses_complaint(tmp_path, asked, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    read_and_wait(tmp_path)
+    assert not asked
+
+
+def test_a_hub_id_is_no_folder(asked):
+    assert read_early(Path("Qwen/Qwen1.5-MoE-A2.7B")) is None
+
+
+def test_it_needs_none_of_the_imports_it_runs_before():
+    code = "import sys, expertflow.read_ahead; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
