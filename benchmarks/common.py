@@ -232,6 +232,24 @@ def other_load() -> float:
     return os.getloadavg()[0]
 
 
+def stolen_share() -> float:
+    """Share of the processors' time since this module was imported that a hypervisor gave to other machines."""
+    now = _processor_ticks()
+    total = sum(now) - sum(_TICKS_AT_START)
+    return (now[7] - _TICKS_AT_START[7]) / total if total > 0 else 0.0
+
+
+def _processor_ticks() -> list[int]:
+    """user, nice, system, idle, iowait, irq, softirq, steal; zeros where the kernel does not say."""
+    try:
+        return [int(ticks) for ticks in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    except (OSError, ValueError):
+        return [0] * 8
+
+
+_TICKS_AT_START = _processor_ticks()
+
+
 def report(
     name: str,
     metrics: dict[str, Any],
@@ -257,6 +275,7 @@ def report(
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "stolen_share": round(stolen_share(), 3),
         },
         "seed": seed,
         "metrics": metrics,

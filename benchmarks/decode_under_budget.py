@@ -10,6 +10,7 @@ Each system runs alone in a fresh process, in a memory cgroup where one can be m
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import time
@@ -155,7 +156,7 @@ def judge(runs: list[dict[str, Any]], nbytes: int) -> tuple[dict[str, Any], dict
     ours, accelerate = find("ours", 1, True), find("accelerate", 1, True)
     if ours:
         bounds["raw_read_bytes_per_s"] = ours["raw_read_bytes_per_s"]
-        ratio = ours["read_bytes_per_s"] / ours["raw_read_bytes_per_s"]
+        ratio = ours["loading_over_raw"]
         targets["loading_over_raw_bandwidth"] = {"asked": 0.9, "got": ratio, "met": ratio >= 0.9}
         allowed = ours["first_token_bytes"] / ours["raw_read_bytes_per_s"] + 5
         got = ours["first_token_s"]
@@ -180,12 +181,14 @@ def judge(runs: list[dict[str, Any]], nbytes: int) -> tuple[dict[str, Any], dict
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """One system in this process: load, prompt of 16 tokens, warm up, decode."""
     started = time.perf_counter()
+    folder: Path = options.folder
+    if options.worker == "ours":
+        from expertflow.read_ahead import read_early
+
+        read_early(folder)  # as `expertflow run` does, before the libraries are imported
     from transformers import AutoModelForCausalLM
 
-    from expertflow.store.disk import measure_read_bandwidth
-
     torch.set_num_threads(options.threads)
-    folder: Path = options.folder
     if options.worker == "ours":
         from expertflow.models.attach import ExpertFlowConfig
 
@@ -242,23 +245,58 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         "peak_rss_bytes": usage.ru_maxrss * 1024,
     }
     if experts:
-        stats = experts.cache.stats
-        raw = measure_read_bandwidth(sorted(folder.glob("*.safetensors")), seconds=1.5)
+        stats = copy.deepcopy(experts.cache.stats)
+        reading = (
+            loading_rounds(experts.cache, sorted(folder.glob("*.safetensors"))) if options.memory else {}
+        )
         bytes_per_step = stats.bytes_read / options.tokens
         result.update(
             hit_ratio=stats.hit_ratio,
             slots=stats.num_slots,
             bytes_per_step=bytes_per_step,
             read_bytes_per_s=stats.bytes_read / stats.read_seconds if stats.read_seconds else 0,
-            raw_read_bytes_per_s=raw,
+            **reading,
             stall_s_per_step=stats.stall_seconds / options.tokens,
             open_s_per_step=sum(layer.open_seconds for layer in stats.layers) / options.tokens,
-            bound_tokens_per_s=options.batch / (bytes_per_step / raw) if bytes_per_step else 0,
+            bound_tokens_per_s=(
+                options.batch * reading["raw_read_bytes_per_s"] / bytes_per_step
+                if reading and bytes_per_step
+                else 0
+            ),
             first_token_bytes=first_token_bytes,
             io_mode=stats.io_mode,
         )
         experts.close()
     return result
+
+
+def loading_rounds(cache: Any, files: list[Path], rounds: int = 8) -> dict[str, Any]:
+    """Loading experts and raw direct reads of as many bytes, in turn: a shared disk changes within seconds.
+
+    A round asks for up to 12 experts that are not there, as a layer does, and takes them without computing.
+    """
+    from expertflow.store.disk import measure_read_bandwidth
+
+    ratios, raws = [], []
+    for turn in range(rounds):
+        layer = turn % cache.shape.num_layers
+        missing = [
+            expert
+            for expert in range(cache.shape.experts_per_layer[layer])
+            if not cache.table.is_ready((layer, expert))
+        ][:12]
+        nbytes = len(missing) * cache.memory.slot_bytes
+        began = time.perf_counter()
+        for _ in cache.open_layer(layer, missing):
+            pass
+        ours = nbytes / (time.perf_counter() - began)
+        raws.append(measure_read_bandwidth(files, seconds=nbytes / ours))
+        ratios.append(ours / raws[-1])
+    return {
+        "loading_over_raw": sorted(ratios)[len(ratios) // 2],
+        "loading_over_raw_rounds": [round(ratio, 3) for ratio in ratios],
+        "raw_read_bytes_per_s": sorted(raws)[len(raws) // 2],
+    }
 
 
 if __name__ == "__main__":
