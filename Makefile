@@ -35,7 +35,7 @@ zoo: $(ZOO:%=out/zoo/%/quality.json)
 
 out/zoo/%/quality.json: $(STAMP)
 	$(BIN)/python -m zoo.train --arch $* --corpus $(CORPUS) --tokens $(ZOO_TOKENS) --decay-share 0.4 --balance 0.1 \
-		--batch $(if $(findstring switch,$*),32,16) -o out/zoo/$*
+		$(if $(filter switch-64 switch-128,$*),--expert-every 4) -o out/zoo/$*
 	$(BIN)/python -m zoo.quality out/zoo/$*
 
 clean:

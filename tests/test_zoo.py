@@ -22,12 +22,22 @@ from zoo import make_sample
 from zoo import report as zoo_report
 from zoo import train as zoo_train
 from zoo.architectures import ARCHITECTURES, build_model
-from zoo.corpus import PARTS, PERMISSIVE, Document, Mixture, Pairs, Rows, build_tokenizer, read_part
-from zoo.evaluate import HeldOut, seen_share
+from zoo.corpus import (
+    PARTS,
+    PERMISSIVE,
+    Document,
+    Mixture,
+    Pairs,
+    Rows,
+    build_tokenizer,
+    pad_pairs,
+    read_part,
+)
+from zoo.evaluate import HeldOut, seen_share, seq2seq_loss
 from zoo.experts import _gated_experts, switch_experts_forward
 from zoo.loss import linear_cross_entropy
-from zoo.optimizer import orthogonalize
-from zoo.routing import watch_routers
+from zoo.optimizer import MasterOptimizer, OptimizerConfig, orthogonalize
+from zoo.routing import balance_loss, watch_routers
 from zoo.thin_trace import thin
 from zoo.train import Recipe, rate_scale
 
@@ -143,6 +153,91 @@ def test_switch_experts_equal_transformers_own_and_give_zero_to_dropped_tokens()
     assert (fast[::9] == 0).all()
 
 
+def some_pairs(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [
+        (rng.integers(4, 300, size=rng.integers(3, 20)), rng.integers(4, 300, size=rng.integers(3, 20)))
+        for _ in range(count)
+    ]
+
+
+def let_layers_speak(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def test_padding_counts_neither_in_the_loss_nor_in_the_load_and_goes_to_no_expert(monkeypatch):
+    model = small_model("switch-32").float().eval()  # in training, routers add noise
+    let_layers_speak(model)
+    pairs = some_pairs(5)
+    rows = []
+    with torch.no_grad(), watch_routers(model, 1) as log:
+        for experts in (m for m in model.modules() if type(m).__name__ == "SwitchTransformersExperts"):
+            fast = experts.forward
+            monkeypatch.setattr(
+                experts,
+                "forward",
+                lambda x, mask, p, fast=fast: rows.append(int(mask.sum())) or fast(x, mask, p),
+            )
+        tight, wide = (
+            (seq2seq_loss(model, pad_pairs(pairs, 64, multiple)), log.take()) for multiple in (1, 32)
+        )
+    torch.testing.assert_close(tight[0], wide[0])
+    for before, after in zip(tight[1], wide[1], strict=True):
+        torch.testing.assert_close(before, after)
+    torch.testing.assert_close(balance_loss(tight[1], 1), balance_loss(wide[1], 1))
+    prompt, response = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
+    assert rows == [prompt, response] * 2
+
+
+def test_layers_of_a_fresh_switch_are_silent():
+    """Their outputs at T5's scale are much the same for every token, and routers then send all to one expert."""
+    model = small_model("switch-32").float()
+    ids_BT = torch.randint(4, 300, (2, 10))
+    embedded_BTD = model.encoder.final_layer_norm(model.shared(ids_BT))
+    torch.testing.assert_close(model.encoder(input_ids=ids_BT).last_hidden_state, embedded_BTD)
+    with torch.no_grad():
+        loss = seq2seq_loss(model, pad_pairs(some_pairs(20), 64))
+    assert abs(loss - np.log(300)) < 1
+
+
+def test_a_router_loses_what_its_tokens_have_in_common(corpus, tmp_path):
+    args = [str(arg) for arg in small_args("switch-32", corpus, tmp_path, 2048)]
+    run = zoo_train.Run(zoo_train.parse(args)[0], tmp_path)
+    with watch_routers(run.model, 1) as log:
+        while rate_scale(run.progress.tokens, run.recipe) < 1:
+            run.advance(log)
+        run.advance(log)
+        means = log.mean_inputs()
+    assert len(means) == 2
+    for name, mean_D in means.items():
+        weight_ED = run.optimizer.master[name]
+        assert (weight_ED @ mean_D).abs().max() < 1e-5 * weight_ED.norm() * mean_D.norm()
+        torch.testing.assert_close(run.model.get_parameter(name).float(), weight_ED, rtol=0.01, atol=1e-4)
+
+
+def test_rates_have_factors_by_the_end_of_a_name():
+    """Of Adam's parameters and of Muon's; a step of rate 1 is compared with one that has factors."""
+    moved = []
+    for factors in ({}, {"shared.weight": 3.0, ".q.weight": 0.5}):
+        model = small_model("switch-32")
+        let_layers_speak(model)
+        before = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+        optimizer = MasterOptimizer(model, OptimizerConfig(expert_every=1), factors)
+        seq2seq_loss(model, pad_pairs(some_pairs(20), 64)).backward()
+        optimizer.step(1.0)
+        moved.append({name: optimizer.master[name] - before[name] for name in before})
+    q = "decoder.block.0.layer.0.SelfAttention.q.weight"
+    for name, factor in (
+        ("shared.weight", 3.0),
+        (q, 0.5),
+        (q.replace(".q.", ".k."), 1.0),
+    ):
+        assert moved[0][name].abs().max() > 0
+        torch.testing.assert_close(moved[1][name], factor * moved[0][name], rtol=1e-4, atol=1e-7)
+
+
 def test_linear_cross_entropy_equals_torch_and_skips_negative_targets(monkeypatch):
     monkeypatch.setattr("zoo.loss.CHUNK_ROWS", 16)  # 50 rows: three chunks and a rest
     hidden_ND, weight_VD = torch.randn(50, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
@@ -217,6 +312,7 @@ def test_rows_overlap_by_one_token_so_that_each_is_a_target_once():
 
 def test_pairs_are_split_at_the_marks_and_padded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Pairs, "WIDTH_MULTIPLE", 1)
+    monkeypatch.setattr(Pairs, "WINDOW", 1)  # more would hold each pair several times, side by side
     stream = np.array([1, 10, 11, 2, 12, 0, 1, 13, 2, 14, 15, 16, 0])
     batch = Pairs({"chat": stream}, {"chat": 1.0}, T=3, seed=0).batch(0, 2)
     rows = sorted(

@@ -39,6 +39,10 @@ class Shape:
     dense_inner: int = 0  # width of feed-forward layers without experts
 
 
+def _even_rates(shape: Shape) -> dict[str, float]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A line of the zoo: what it stands for, its sizes, and how to build it."""
@@ -47,6 +51,7 @@ class Architecture:
     shape: Shape
     build: Callable[[Shape], PreTrainedModel]
     seq2seq: bool = False
+    rate_factors: Callable[[Shape], dict[str, float]] = _even_rates  # by the end of a parameter's name
 
 
 def build_model(architecture: Architecture, shape: Shape) -> PreTrainedModel:
@@ -158,7 +163,27 @@ def _switch(shape: Shape) -> PreTrainedModel:
             # transformers draws routers with deviation 1: a few experts then win every token and stay alone.
             if isinstance(module, SwitchTransformersTop1Router):
                 module.classifier.weight.normal_(std=0.02)
+        # Sublayers start silent. At T5's scale their outputs, much the same for every token, drown the tokens
+        # themselves before anything is learnt, and a router that sees one vector sends all to one expert.
+        for name, parameter in model.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):
+                parameter.zero_()
+        # Tied embeddings of a silent model predict the token they read; at T5's deviation of 1, with much
+        # confidence (a first loss of 11 nats).
+        model.shared.weight.normal_(std=0.5)
     return model
+
+
+def _switch_rates(shape: Shape) -> dict[str, float]:
+    """What makes T5's weights learn at the pace of a decoder's, whose computation scales what T5 leaves to them."""
+    return {
+        # Logits are divided by sqrt(D), so an embedding must move that much further for the same effect.
+        "shared.weight": shape.hidden**0.5,
+        # Scores are not divided by the root of a head's width: q is to be that much smaller.
+        ".q.weight": (shape.hidden // shape.heads) ** -0.5,
+        # A step of the full rate moves a logit further than tokens lie apart, and they change expert together.
+        "router.classifier.weight": 0.3,
+    }
 
 
 def _switch_of(experts: int) -> Architecture:
@@ -178,6 +203,7 @@ def _switch_of(experts: int) -> Architecture:
         shape,
         _switch,
         seq2seq=True,
+        rate_factors=_switch_rates,
     )
 
 

@@ -219,7 +219,7 @@ class Pairs:
     pairs four positions in five were padding.
     """
 
-    WINDOW = 16  # batches
+    WINDOW = 64  # batches
     # Widths of batches. oneDNN compiles and keeps a kernel for every shape it meets: with free widths a run
     # took 9 GB and half its time was compilation.
     WIDTH_MULTIPLE = 32
@@ -232,12 +232,14 @@ class Pairs:
         self.mixture = Mixture({part: len(pairs) for part, pairs in self.pairs.items()}, shares, seed)
 
     def batch(self, first_row: int, B: int) -> PairBatch:
-        """Batch number first_row // B: every window holds the rows of its 16 batches once each."""
+        """Batch number first_row // B: every window holds the rows of its batches once each."""
         window, index = divmod(first_row // B, self.WINDOW)
         rows = [self.mixture(window * self.WINDOW * B + i) for i in range(self.WINDOW * B)]
         drawn = [self.pairs[part][index] for part, index in rows]
+        # By the response's padded width, then by the prompt: sorted by the sum of both, half of it was padding.
         # Stable, so equal lengths keep their order; then the batches of a window in random order.
-        order = sorted(range(len(drawn)), key=lambda i: sum(min(len(side), self.T) for side in drawn[i]))
+        sides = [(min(len(prompt), self.T), min(len(response), self.T)) for prompt, response in drawn]
+        order = sorted(range(len(drawn)), key=lambda i: (-(-sides[i][1] // self.WIDTH_MULTIPLE), sides[i][0]))
         which = int(np.random.default_rng([self.seed, window]).permutation(self.WINDOW)[index])
         chosen = [drawn[i] for i in order[which * B : (which + 1) * B]]
         return pad_pairs(chosen, self.T, self.WIDTH_MULTIPLE)

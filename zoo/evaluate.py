@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from zoo.corpus import PairBatch, pad_pairs, pairs_of
+from zoo.experts import ROW_MULTIPLE
 from zoo.loss import linear_cross_entropy
-from zoo.routing import load_of, watch_routers
+from zoo.routing import load_of, only_real_tokens, watch_routers
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,31 @@ def causal_loss(model: Any, input_BT: Tensor, target_BT: Tensor) -> Tensor:
 
 def seq2seq_loss(model: Any, batch: PairBatch) -> Tensor:
     """Mean cross-entropy in nats over the response tokens."""
-    encoded = model.encoder(input_ids=batch.input_BT, attention_mask=batch.input_mask_BT)
+    is_label_BT = batch.labels_BT >= 0
+    with (
+        only_real_tokens(model.encoder, batch.input_mask_BT > 0),
+        only_real_tokens(model.decoder, is_label_BT),
+    ):
+        encoded = model.encoder(input_ids=batch.input_BT, attention_mask=batch.input_mask_BT)
+        hidden_BTD = _decode(model, batch, encoded.last_hidden_state)
+    # T5's rule for tied embeddings, as in the model's own forward.
+    hidden_ND = hidden_BTD.flatten(0, 1) * model.config.d_model**-0.5
+    # Labels first, then as much padding as keeps the number of shapes small; the vocabulary is the widest product.
+    rows = -(-int(is_label_BT.sum()) // ROW_MULTIPLE) * ROW_MULTIPLE
+    order_N = torch.argsort((~is_label_BT).flatten().int(), stable=True)[:rows]
+    return linear_cross_entropy(hidden_ND[order_N], model.lm_head.weight, batch.labels_BT.flatten()[order_N])
+
+
+def _decode(model: Any, batch: PairBatch, encoded_BTD: Tensor) -> Tensor:
+    """Decoder states that predict the labels."""
     start_B1 = torch.full_like(batch.labels_BT[:, :1], model.config.decoder_start_token_id)
     decoder_BT = torch.cat((start_B1, batch.labels_BT[:, :-1].clamp(min=0)), dim=1)
-    hidden_BTD = model.decoder(
+    return model.decoder(
         input_ids=decoder_BT,
-        encoder_hidden_states=encoded.last_hidden_state,
+        encoder_hidden_states=encoded_BTD,
         encoder_attention_mask=batch.input_mask_BT,
         use_cache=False,
     ).last_hidden_state
-    # T5's rule for tied embeddings, as in the model's own forward.
-    hidden_BTD = hidden_BTD * model.config.d_model**-0.5
-    return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.lm_head.weight, batch.labels_BT.flatten())
 
 
 def causal_rows(stream: np.ndarray, first: int, count: int, B: int, T: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ State is plain tensors by name, so that it is stored as safetensors.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,9 +72,16 @@ def is_expert(name: str) -> bool:
 class MasterOptimizer:
     """Owns float32 masters; `step` consumes the bf16 gradients and rewrites the model's weights."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, factors: Mapping[str, float] | None = None
+    ) -> None:
+        """factors: of the learning rate, for parameters whose name ends so; 1 for all others."""
         self.config = config
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._factor = {
+            name: next((factor for end, factor in (factors or {}).items() if name.endswith(end)), 1.0)
+            for name in self.parameters
+        }
         self.master = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         self.momentum: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
@@ -111,6 +118,14 @@ class MasterOptimizer:
             self.parameters[name].grad = None
         return norm
 
+    @torch.no_grad()
+    def drop_directions(self, directions: dict[str, Tensor], share: float) -> None:
+        """Take `share` of the part along directions[name] [C] out of every row of the matrix `name` [R, C]."""
+        for name, direction_C in directions.items():
+            unit_C = direction_C / (direction_C.norm() + 1e-12)
+            self.master[name].addr_(self.master[name] @ unit_C, unit_C, alpha=-share)
+            self.parameters[name].copy_(self.master[name])
+
     def _adam_step(self, grads: dict[str, Tensor], scale: float, clip: float) -> None:
         c = self.config
         for name in self._adam:
@@ -121,7 +136,7 @@ class MasterOptimizer:
             self.second[name].lerp_(grad.square_(), 1 - c.beta2)
             first = self.momentum[name] / (1 - c.beta1**self.steps)
             root = (self.second[name] / (1 - c.beta2**self.steps)).sqrt_().add_(1e-10)
-            self.master[name].addcdiv_(first, root, value=-c.adam_lr * scale)
+            self.master[name].addcdiv_(first, root, value=-c.adam_lr * scale * self._factor[name])
 
     def _muon_step(
         self, shape: tuple[int, int], names: list[str], grads: dict[str, Tensor], scale: float
@@ -136,7 +151,7 @@ class MasterOptimizer:
                 momenta.append(as_matrices(name, grad.lerp_(self.momentum[name], c.momentum)))
             updates_XRC = orthogonalize(momenta[0] if len(momenta) == 1 else torch.cat(momenta)).float()
             for name, update_XRC in zip(batch, updates_XRC.split([len(m) for m in momenta]), strict=True):
-                as_matrices(name, self.master[name]).add_(update_XRC, alpha=-rate)
+                as_matrices(name, self.master[name]).add_(update_XRC, alpha=-rate * self._factor[name])
 
     def _batches(self, names: list[str]) -> Iterator[list[str]]:
         """Names in groups of about 64 matrices: fewer calls than one by one, and still in cache."""

@@ -21,15 +21,24 @@ _LOGITS_AT = {
 class RouterLog:
     """Router logits of the last forward pass, one entry per MoE layer."""
 
-    def __init__(self, routers: list[Any], top_k: int) -> None:
+    def __init__(self, routers: dict[str, Any], top_k: int) -> None:
         self.top_k = top_k
-        self._routers = routers
+        self._named = routers
+        self._routers = list(routers.values())
 
     def take(self) -> list[Tensor]:
         """Logits [N, E] per MoE layer in module order; forgets them. Empty before the first pass."""
         taken = [router.zoo_logits for router in self._routers if router.zoo_logits is not None]
         self.forget()
         return [logits.reshape(-1, logits.shape[-1]) for logits in taken]
+
+    def mean_inputs(self) -> dict[str, Tensor]:
+        """Name of each Switch router's weight -> mean [D] of the real tokens that it saw last."""
+        return {
+            f"{name}.classifier.weight": router.zoo_mean_D
+            for name, router in self._named.items()
+            if hasattr(router, "zoo_mean_D")
+        }
 
     def forget(self) -> None:
         for router in self._routers:
@@ -39,23 +48,51 @@ class RouterLog:
 def _note(module: Any, args: Any, output: Any) -> None:
     # On the module and not in a list: torch.compile guards on the length of a list that a hook appends to, and
     # compiled every layer anew until it gave up.
-    module.zoo_logits = output[_LOGITS_AT[type(module).__name__]]
+    logits = output[_LOGITS_AT[type(module).__name__]]
+    real_BT = getattr(module, "zoo_real_BT", None)
+    module.zoo_logits = logits if real_BT is None else logits[real_BT]
+
+
+@contextmanager
+def only_real_tokens(stack: nn.Module, real_BT: Tensor) -> Iterator[None]:
+    """Routers of `stack` send padding to no expert, and logs leave it out, while the context is open.
+
+    Half the positions of a padded batch are padding. They all look alike, so they crowd into one or two experts:
+    the load then tells about padding, and so does the gradient of the balance loss.
+    """
+    routers: list[Any] = [m for m in stack.modules() if type(m).__name__ == "SwitchTransformersTop1Router"]
+    for router in routers:
+        router.zoo_real_BT = real_BT
+    hooks = [router.register_forward_hook(_drop_padding) for router in routers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for router in routers:
+            del router.zoo_real_BT
+
+
+def _drop_padding(module: Any, args: Any, output: Any) -> Any:
+    chosen_BTE, probability_BT1, logits_BTE = output
+    module.zoo_mean_D = args[0].detach()[module.zoo_real_BT].float().mean(dim=0)
+    return chosen_BTE * module.zoo_real_BT.unsqueeze(-1), probability_BT1, logits_BTE
 
 
 @contextmanager
 def watch_routers(model: nn.Module, top_k: int) -> Iterator[RouterLog]:
     """Record the logits of every router of a known class while the context is open."""
-    routers = [module for module in model.modules() if type(module).__name__ in _LOGITS_AT]
+    routers = {name: module for name, module in model.named_modules() if type(module).__name__ in _LOGITS_AT}
     assert routers, f"{type(model).__name__} has no router class that zoo.routing knows"
     log = RouterLog(routers, top_k)
     log.forget()
-    hooks = [router.register_forward_hook(_note) for router in routers]
+    hooks = [router.register_forward_hook(_note) for router in routers.values()]
     try:
         yield log
     finally:
         for hook in hooks:
             hook.remove()
-        for router in routers:
+        for router in routers.values():
             del router.zoo_logits
 
 

@@ -153,6 +153,7 @@ class Run:
         self.optimizer: MasterOptimizer = MasterOptimizer(
             self.model,
             OptimizerConfig(muon_lr=recipe.muon_lr, adam_lr=recipe.adam_lr, expert_every=recipe.expert_every),
+            recipe.architecture.rate_factors(shape),
         )
         self.examples: Rows | Pairs = self._examples()
         fresh = Progress(recipe.arch, recipe.seed, recipe.batch, recipe.context)
@@ -203,6 +204,9 @@ class Run:
             )
         (loss + recipe.balance * balance).backward()
         norm = self.optimizer.step(scale)
+        # What all tokens of a layer have in common tells none apart, but at first is most of what a router sees:
+        # whichever expert it favours gets them all, and the balance loss makes the favourites alternate.
+        self.optimizer.drop_directions(routers.mean_inputs(), scale)
         self.progress = replace(
             self.progress,
             rows=self.progress.rows + B,
