@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertflow.predictor.model import HORIZONS
+from expertflow.predictor.next_use import HORIZONS
 from expertflow.trace import TracedSequence, TraceMeta, read_trace
 
 LONGEST = 1024  # tokens of a sequence that are trained on; the rest is cut off

@@ -25,6 +25,7 @@ from expertflow.predictor.metrics import (
     guesses_of,
     log_absent,
 )
+from expertflow.predictor.next_use import NextUseMixture
 from expertflow.predictor.online_table import OnlineTokenTable
 from expertflow.predictor.protocol import NextUsePredictor, PathPredictor, SourcePredictor
 from expertflow.predictor.ranking import ranking_quality
@@ -153,13 +154,16 @@ def _next_use(
     """Whether scores order the residents of a cache as their next uses will: mean over sequences, batch 1.
 
     Residents are the quarter of all experts that was used last. Only predictors that look beyond the pass
-    are asked; recency and frequency stand beside them. Sequences of fewer than 16 answer tokens are left out.
+    are asked, alone and mixed with what was used (`NextUseMixture`, which learns over the sequences as they come);
+    recency, frequency and that mixture without a head stand beside them. Sequences of fewer than 16 answer
+    tokens are left out.
     """
     asked = {
         name: p for name, p in predictors.items() if isinstance(p, NextUsePredictor) and _looks_further(p)
     }
     resident = max(2, side.layers * side.num_experts // 4)
     layer_L1 = torch.arange(side.layers, dtype=torch.float32)[:, None]
+    mixtures = {name: NextUseMixture(side.layers, side.num_experts, side.top_k) for name in (*asked, None)}
     totals: dict[str, float] = {}
     long = [s for s in sequences if len(s.target_ids_T) - s.num_prefill >= RANKED_LENGTH]
     judged = _up_to(long, RANKED_TOKENS, conditions)
@@ -171,10 +175,24 @@ def _next_use(
             passes_TLE = predictor.next_use_path(group.context(group.length, group.length))[0]
             when_TLE = passes_TLE * side.layers + layer_L1
             scores[name] = _soonest_first(when_TLE)
+            mixed_TLE = _mixed(mixtures[name], truth_TLE, passes_TLE)
+            scores[f"{name} + use"] = _soonest_first(mixed_TLE * side.layers + layer_L1)
+        alone_TLE = _mixed(mixtures[None], truth_TLE, None)
+        scores["use, learnt"] = _soonest_first(alone_TLE * side.layers + layer_L1)
         for name, accuracy in ranking_quality(truth_TLE, scores, resident).items():
             totals[name] = totals.get(name, 0.0) + accuracy / len(judged)
     ranked = {name: _number(total) for name, total in totals.items()}
     return {"sequences": len(judged), "residents": resident, "pairwise_accuracy": ranked}
+
+
+def _mixed(mixture: NextUseMixture, truth_TLE: Tensor, passes_TLE: Tensor | None) -> Tensor:
+    """What the mixture expected just after each pass of one sequence, knowing what it had seen by then."""
+    expected = []
+    for t, used_LE in enumerate(truth_TLE):
+        mixture.observe(used_LE)
+        expected.append(mixture.expect(None if passes_TLE is None else passes_TLE[t]))
+    mixture.end_of_text()
+    return torch.stack(expected)
 
 
 def _soonest_first(when_TLE: Tensor) -> Callable[[int], Tensor]:

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from expertflow.predictor.decoder import Decoder, PathState
 from expertflow.predictor.layers import Encoder
+from expertflow.predictor.next_use import HORIZONS, expected_passes
 from expertflow.predictor.protocol import PathContext
 from expertflow.predictor.sizes import PredictorSizes
 from expertflow.trace import TraceMeta
 
-HORIZONS = (1, 2, 4, 8, 16)  # passes after this one, of the next-use head
 _NO_EXPERT = -30.0  # logit of an expert that a narrower layer does not have
 
 
@@ -202,18 +202,9 @@ class RoutingPathPredictor(nn.Module):
 
         Between 1 (the next pass) and 32 (not soon). The largest is the first to evict. Rows count as independent.
         """
-        logits_BCLE = self.next_use_logits(states_BD)
-        # E[n] = 1 + sum over n >= 1 of P(later than n); P is taken as constant between horizons.
-        ends = (*HORIZONS[1:], 2 * HORIZONS[-1])
-        passes_LE = torch.ones_like(logits_BCLE[0, 0])
-        sooner_BLE = logits_BCLE[:, 0]
-        for number, (horizon, end) in enumerate(zip(HORIZONS, ends, strict=True)):
-            sooner_BLE = torch.maximum(
-                sooner_BLE, logits_BCLE[:, number]
-            )  # a longer horizon includes a shorter
-            # softplus(x) is -log P(not used): over rows, probabilities multiply.
-            passes_LE += (end - horizon) * F.softplus(sooner_BLE).sum(0).neg().exp()
-        return passes_LE
+        logits_BCLE = self.next_use_logits(states_BD).cummax(1).values  # a longer horizon includes a shorter
+        # softplus(x) is -log P(not used): over rows, probabilities multiply.
+        return expected_passes(F.softplus(logits_BCLE).sum(0).neg().exp())
 
     @torch.inference_mode()
     def next_use_path(self, context: PathContext) -> Tensor:

@@ -117,6 +117,7 @@ def test_what_is_open_is_not_evicted(new_cache):
 def test_other_threads_wait_until_it_is_closed(new_cache):
     cache = new_cache()
     consume(cache, 0, [0])
+    consume(cache, 1, [0])  # so that the other thread waits for its turn and for nothing else
     assert cache.open_ready(0, [0]) is not None
     order = []
     # Called with the lock held when the other thread goes to sleep: this one may only close afterwards.

@@ -8,7 +8,7 @@ import torch
 
 from expertflow.predictor import dataset
 from expertflow.predictor.dataset import collate, group, read_paths, trained_tokens, within_horizons
-from expertflow.predictor.model import HORIZONS
+from expertflow.predictor.next_use import HORIZONS
 from expertflow.trace import TraceWriter
 from tests.predictor.traced import meta_of, sequence_of, write
 
