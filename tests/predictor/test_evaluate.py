@@ -97,8 +97,9 @@ def test_next_uses_are_ranked_beside_recency_and_frequency():
     (row,) = found["next_use"]
     assert row["sequences"] == len(long) > 0
     accuracy = row["pairwise_accuracy"]
-    assert set(accuracy) == {"when", "recency", "frequency"}
+    assert set(accuracy) == {"when", "when + use", "use, learnt", "recency", "frequency"}
     assert accuracy["when"] == pytest.approx(1.0)
+    assert accuracy["when + use"] > accuracy["use, learnt"], "the mixture was not told what the head expects"
     assert 0.3 < accuracy["recency"] < 0.9
     assert report.next_use_table(found).row_count == 1
 
