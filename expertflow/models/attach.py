@@ -34,6 +34,7 @@ from expertflow.cache.policies import POLICIES
 from expertflow.config import Settings
 from expertflow.core import MoEShape
 from expertflow.models import deepseek_moe
+from expertflow.models.continuous import keep_pages_in_budget
 from expertflow.models.experts import Attachment, expertflow_experts
 from expertflow.models.footprint import honoured_prefill, measure_model
 from expertflow.models.lookahead import look_ahead_for
@@ -168,6 +169,7 @@ class ExpertFlowQuantizer(HfQuantizer):
         loaded = LoadedExperts(cache, self._plan, self._checkpoint, self.settings, self._moe_layers)
         model.expertflow = cast(Any, loaded)  # torch's stubs know attributes that are tensors or modules only
         weakref.finalize(model, LoadedExperts.close, loaded)
+        keep_pages_in_budget(model, self.settings)
         guard = _ContextGuard(self.settings)
         model.register_forward_pre_hook(guard, with_kwargs=True)
         if model.config.is_encoder_decoder:  # generate() calls the encoder past the model's own forward

@@ -17,7 +17,9 @@ from transformers import (
     pipeline,
 )
 
+from expertflow.config import Settings
 from expertflow.models.attach import ExpertFlowConfig
+from expertflow.models.continuous import pages_for
 from tests.families import FAMILIES, PAD, VOCAB_SIZE, write_checkpoint
 
 SMALL = {"cache_size": 1.5, "context": 64, "batch": 4}
@@ -102,14 +104,38 @@ def test_pipeline_and_streaming(mixtral):
 def test_continuous_batching_gives_the_greedy_tokens(mixtral):
     requests = [[5, 6, 7, 8, 9], [10, 11, 12], [20] * 9]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=1, pad_token_id=PAD)
-    # Left alone, transformers gives the cache nine tenths of the free memory.
-    pages = ContinuousBatchingConfig(num_blocks=8, page_size=16, max_batch_tokens=32)
-    answers = mixtral.ours.generate_batch(requests, config, pages, warmup=False)
+    answers = mixtral.ours.generate_batch(requests, config, warmup=False)
     assert len(answers) == len(requests)
     by_prompt = {tuple(answer.prompt_ids): answer.generated_tokens for answer in answers.values()}
     for request in requests:
         alone = mixtral.theirs.generate(torch.tensor([request]), max_new_tokens=6, do_sample=False)
         assert by_prompt[tuple(request)] == alone[0, len(request) :].tolist()
+
+
+def test_continuous_batching_stays_inside_the_kv_budget(mixtral):
+    """4 x 64 tokens here: 32 pages of 8. Left alone, transformers takes nine tenths of the free memory."""
+    manager = mixtral.ours.init_continuous_batching(
+        GenerationConfig(max_new_tokens=2, eos_token_id=1, pad_token_id=PAD)
+    )
+    pages = manager.continuous_batching_config
+    assert (pages.page_size, pages.num_blocks) == (8, 32)
+    assert pages.max_batch_tokens == mixtral.ours.expertflow.settings.prefill_chunk
+
+
+def test_sizes_that_are_given_are_kept_or_refused():
+    settings = Settings(context=64, batch=4)
+    kept = pages_for(ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=7), settings)
+    assert (kept.num_blocks, kept.page_size, kept.max_batch_tokens) == (16, 16, 7)
+    assert pages_for(ContinuousBatchingConfig(page_size=32), settings).num_blocks == 8
+    assert pages_for(None, Settings(context=4096, batch=2)).page_size == 256
+    with pytest.raises(
+        ValueError, match=r"17 block\(s\) of 16 tokens exceed the KV budget of 4 x 64 tokens; load"
+    ):
+        pages_for(ContinuousBatchingConfig(num_blocks=17, page_size=16), settings)
+    with pytest.raises(ValueError, match=r"1 block\(s\) of 512 tokens exceed"):
+        pages_for(ContinuousBatchingConfig(page_size=512), settings)
+    with pytest.raises(ValueError, match=r"max_memory_percent=0\.5 counts what is free"):
+        pages_for(ContinuousBatchingConfig(max_memory_percent=0.5), settings)
 
 
 # Prompts longer than prefill_chunk run in pieces.
