@@ -182,7 +182,8 @@ def expertflow_experts(
     products = attachment.products
     if products is None:
         products = attachment.products = Products(module, attachment.stored_transposed)
-    together = products.together if products.most_together != 0 else None
+    # `together` writes into scratch, through which no gradient flows.
+    together = None if products.most_together == 0 or hidden_states.requires_grad else products.together
     return run_experts(attachment, hidden_states, top_k_index, top_k_weights, products.multiply, together)
 
 
@@ -237,9 +238,11 @@ class Products:
             if len(weights_K) > self.most_together:
                 return None
             first, down = weights_K[0][self.first][0], weights_K[0]["down_proj"][0]
-            self._up_KH = row_1D.new_empty(len(weights_K), first.shape[0])
-            self._out_KD = row_1D.new_empty(len(weights_K), down.shape[0])
-            self._ups, self._outs = list(self._up_KH), list(self._out_KD)
+            # Tensors made in inference mode could not be written outside of it later.
+            with torch.inference_mode(False):
+                self._up_KH = row_1D.new_empty(len(weights_K), first.shape[0])
+                self._out_KD = row_1D.new_empty(len(weights_K), down.shape[0])
+                self._ups, self._outs = list(self._up_KH), list(self._out_KD)
         role, row_D = self.first, row_1D[0]
         for weights, up_H in zip(weights_K, self._ups):  # noqa: B905 - same length, and a hot line
             torch.mv(weights[role][0], row_D, out=up_H)

@@ -159,6 +159,24 @@ def test_a_token_takes_the_short_way_and_gets_the_bits_of_the_long_one():
     assert not torch.equal(again, short), "the scratch of the first call was handed out"
 
 
+def test_any_grad_mode_after_any_other():
+    """Scratch made in inference mode may not be written outside of it, and no gradient flows through any."""
+    module, weights = module_of(640, 1024, "silu")
+    cache = ResidentExperts(weights)
+    module.expertflow = Attachment(cache, 0, 6)  # type: ignore[arg-type]
+    row, index, weight = torch.randn(1, 1024).bfloat16(), torch.tensor([[1, 2]]), torch.ones(1, 2).bfloat16()
+    with torch.inference_mode():
+        expected = expertflow_experts(module, row, index, weight).clone()
+    with torch.no_grad():
+        assert torch.equal(expertflow_experts(module, row, index, weight), expected)
+    out = expertflow_experts(module, row.requires_grad_(), index, weight)
+    assert torch.equal(out, expected)
+    out.float().sum().backward()
+    assert row.grad.abs().sum() > 0
+    with torch.inference_mode():
+        assert torch.equal(expertflow_experts(module, row.detach(), index, weight), expected)
+
+
 def test_the_layer_is_closed_when_its_arithmetic_fails():
     module, weights = module_of(640, 1024, "silu")
     cache = ResidentExperts(weights)
