@@ -1,7 +1,7 @@
 """Hidden states for the predictors that read them: look-ahead and the pre-gate, on recorded sequences.
 
-The model runs once more over each sequence, one at a time, and what enters its experts is taken by hooks that
-are gone afterwards. What the predictors say is kept, the hidden states are not.
+The model runs once more over each sequence, one at a time, and what enters the decoder's experts is taken by hooks
+that are gone afterwards. What the predictors say is kept, the hidden states are not.
 """
 
 from __future__ import annotations
@@ -21,21 +21,14 @@ from expertflow.predictor.protocol import LayerPredictor
 from expertflow.predictor.replay import Group
 from expertflow.trace import TracedSequence, TraceMeta
 
-Read = Callable[[Sequence[int]], Tensor]  # token ids -> hidden_TLD
+# (token ids, those that the encoder read or none) -> hidden_TLD of the decoder's MoE layers
+Read = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 
 @contextmanager
 def hidden_states(llm: LLM) -> Iterator[Read]:
-    """A function that runs tokens and returns what entered each MoE layer's experts, hidden_TLD in float16.
-
-    Raises ValueError for encoder-decoder models.
-    """
-    if llm.model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{llm.name} is an encoder-decoder model; look-ahead and the pre-gate are measured on decoder-only "
-            f"models alone: leave --model out"
-        )
-    layers = llm.experts.moe_layers
+    """A function that runs tokens and returns what entered each MoE layer's experts, hidden_TLD in float16."""
+    layers = decoder_layers(llm)
     taken: list[list[Tensor]] = [[] for _ in layers]
 
     def listen(number: int) -> Any:
@@ -44,10 +37,14 @@ def hidden_states(llm: LLM) -> Iterator[Read]:
 
         return llm.model.get_submodule(layers[number].name).register_forward_pre_hook(hook)
 
-    def read(ids: Sequence[int]) -> Tensor:
+    def read(ids: Sequence[int], source: Sequence[int] = ()) -> Tensor:
         for passes in taken:
             passes.clear()
-        llm.generate([list(ids)], SamplingParams(temperature=0, max_tokens=1))
+        if llm.model.config.is_encoder_decoder:
+            with torch.inference_mode():
+                llm.model(input_ids=torch.tensor([list(source)]), decoder_input_ids=torch.tensor([list(ids)]))
+        else:
+            llm.generate([list(ids)], SamplingParams(temperature=0, max_tokens=1))
         return torch.stack([torch.cat(passes)[: len(ids)] for passes in taken], dim=1)
 
     handles = [listen(number) for number in range(len(layers))]
@@ -58,11 +55,20 @@ def hidden_states(llm: LLM) -> Iterator[Read]:
             handle.remove()
 
 
+def decoder_layers(llm: LLM) -> list[MoELayer]:
+    """The MoE layers that decode: all of a decoder-only model."""
+    if not llm.model.config.is_encoder_decoder:
+        return llm.experts.moe_layers
+    encoder = {id(module) for module in llm.model.get_encoder().modules()}
+    return [m for m in llm.experts.moe_layers if id(llm.model.get_submodule(m.name)) not in encoder]
+
+
 def routers(llm: LLM) -> list[tuple[Tensor, Tensor | None]]:
     """Weight (E x D) and bias of each MoE layer's router. Raises ValueError where it is no plain product."""
     found = []
-    for layer in llm.experts.moe_layers:
+    for layer in decoder_layers(llm):
         router = _router(llm, layer)
+        router = getattr(router, "classifier", router)  # Switch and NLLB keep the product inside
         weight = getattr(router, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != layer.num_experts:
             raise ValueError(
@@ -96,7 +102,7 @@ def hidden_predictors(
         if tokens >= train_tokens:
             break
         ids = sequence.target_ids_T.tolist()
-        hidden.append(read(ids))
+        hidden.append(read(ids, sequence.source_ids_S.tolist()))
         routes.append(torch.from_numpy(sequence.target_routes_TLK.astype("int64")))
         tokens += len(ids)
         progress(f"hidden states to train the pre-gate on: {tokens} of {train_tokens} tokens")
@@ -112,7 +118,8 @@ def hidden_predictors(
         said = {name: torch.full(shape, float("nan"), dtype=torch.float16) for name in asked}
         for row in range(len(group)):
             mask_T = group.mask_BT[row]
-            hidden_TLD = read(group.ids_BT[row][mask_T].tolist())
+            source = group.sequences[row].source_ids_S.tolist()
+            hidden_TLD = read(group.ids_BT[row][mask_T].tolist(), source)
             progress(f"hidden states of held-out sequences: {row + 1} of {len(group)}")
             for name, predictor in asked.items():
                 for layer in range(len(weights) - 1):
