@@ -152,5 +152,18 @@ def free_bytes() -> int:
             limit, usage = (int(Path(name).read_text()) for name in (limit_file, usage_file))
         except (OSError, ValueError):  # no such controller, or "max"
             continue
-        available = min(available, max(0, limit - usage))
+        # The page cache is charged to the group and given back when somebody needs the memory.
+        cached = _file_cache_bytes(Path(limit_file).with_name("memory.stat"))
+        available = min(available, max(0, limit - usage + min(cached, usage)))
     return process_bytes() + int(available * 0.9)
+
+
+def _file_cache_bytes(memory_stat: Path) -> int:
+    """Pages of files that a memory cgroup holds, children included; 0 where that is not said."""
+    try:
+        rows = dict(line.split() for line in memory_stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    version_1 = "total_inactive_file" in rows
+    names = ("total_inactive_file", "total_active_file") if version_1 else ("inactive_file", "active_file")
+    return sum(int(rows.get(name, 0)) for name in names)

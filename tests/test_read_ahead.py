@@ -62,6 +62,15 @@ def test_dense_weights_are_asked_for_where_they_lie_and_experts_are_not(tmp_path
     assert sorted(asked) == sorted(expected)
 
 
+def test_a_large_tensor_is_asked_for_in_pieces(tmp_path, asked):
+    """Linux reads no more than the device's read-ahead of each wish."""
+    save_file({DENSE[0]: torch.ones(100_000)}, tmp_path / "model.safetensors")
+    (span,) = open_checkpoint(tmp_path).spans.values()
+    read_and_wait(tmp_path)
+    assert [nbytes for _, _, nbytes in asked] == [131072, 131072, 131072, 400_000 - 3 * 131072]
+    assert [offset - span.offset for _, offset, _ in asked] == [0, 131072, 262144, 393216]
+
+
 def test_it_stops_at_its_limit(tmp_path, asked, monkeypatch):
     save_file({DENSE[0]: torch.ones(100)}, tmp_path / "model-1.safetensors")
     save_file({DENSE[2]: torch.ones(100)}, tmp_path / "model-2.safetensors")

@@ -73,7 +73,7 @@ class ExpertCache:
         self._deferred: list[
             tuple[int, Sequence[int]]
         ] = []  # layers of open_ready that the books do not know yet
-        self._ready_since = 0.0
+        self._ready_since = (0, 0.0)  # layer, clock
         self._pinned_late: list[ExpertId] = []  # of the layer that open_ready holds, once the books know it
         self._broken: BaseException | None = None
         self._closed = False
@@ -181,7 +181,7 @@ class ExpertCache:
                 self._catch_up()
             self._line[_READY] = threading.get_ident()
             self._deferred.append((layer, experts))
-            self._ready_since = time.perf_counter()
+            self._ready_since = (layer, time.perf_counter())
             return weights  # type: ignore[return-value]  # mypy does not see that all of them are there
 
     def close_ready(self) -> None:
@@ -196,6 +196,8 @@ class ExpertCache:
                             self._release(self._pinned_late.pop(0))
             finally:
                 del self._line[_READY]
+                layer, since = self._ready_since
+                self._stats.layers[layer].open_seconds += time.perf_counter() - since
                 if self._line:
                     self._condition.notify_all()
 
@@ -240,16 +242,21 @@ class ExpertCache:
         """
         if not self._deferred or self._broken is not None:
             return
-        deferred, self._deferred = self._deferred, []
-        held = _READY in self._line
-        for place, (layer, experts) in enumerate(deferred, 1):
-            needed = [ExpertId(layer, expert) for expert in experts]
-            self._open(layer, needed)
-            if held and place == len(deferred):
-                self._pinned_late = needed
-            else:
-                for expert in needed:
-                    self._release(expert)
+        try:
+            deferred, self._deferred = self._deferred, []
+            held = _READY in self._line
+            for place, (layer, experts) in enumerate(deferred, 1):
+                needed = [ExpertId(layer, expert) for expert in experts]
+                self._open(layer, needed)
+                if held and place == len(deferred):
+                    self._pinned_late = needed
+                else:
+                    for expert in needed:
+                        self._release(expert)
+        except BaseException as error:  # as in _changing_books, which not every caller is in
+            self._broken = error
+            self._condition.notify_all()
+            raise
 
     def _verify_usable(self, even_if_closed: bool = False) -> None:
         if self._broken is not None:

@@ -38,8 +38,9 @@ class Attachment:
 
 
 Multiply = Callable[[Tensor, Weights], Tensor]
-# (row_1D, weights of K experts) -> [K, D]: the same bits as multiply of each, or None where it cannot promise that.
-Together = Callable[[Tensor, list[Weights]], Tensor | None]
+# (row_1D, weights of K experts) -> [K, D]: the same bits as multiply of each.
+Together = Callable[[Tensor, list[Weights]], Tensor]
+_MOST_TOGETHER = 16  # experts per token beyond which it is not worth trying
 
 
 def run_experts(
@@ -115,9 +116,8 @@ def _one_token(
         cache = attachment.cache
         assert cache is not None
         try:
-            ready = cache.open_ready(attachment.layer, chosen)
-            if ready and (out_KD := together(hidden_1D, ready)) is not None:
-                return _weighted_sum(out_KD, weight_1K)
+            if ready := cache.open_ready(attachment.layer, chosen):
+                return _weighted_sum(together(hidden_1D, ready), weight_1K)
         finally:
             cache.close_ready()
     outs: list[Any] = [None] * len(chosen)
@@ -182,8 +182,9 @@ def expertflow_experts(
     products = attachment.products
     if products is None:
         products = attachment.products = Products(module, attachment.stored_transposed)
-    # `together` writes into scratch, through which no gradient flows.
-    together = None if products.most_together == 0 or hidden_states.requires_grad else products.together
+    together = products.together if top_k_index.shape[1] <= products.most_together else None
+    if hidden_states.requires_grad or top_k_weights.requires_grad:
+        together = None  # it writes into scratch, through which no gradient flows
     return run_experts(attachment, hidden_states, top_k_index, top_k_weights, products.multiply, together)
 
 
@@ -199,8 +200,9 @@ class Products:
         )
         self.first = "gate_up_proj" if module.has_gate else "up_proj"
         self.gate = module._apply_gate if module.has_gate else module.act_fn
-        # So many experts go through `together` at once; 0 once it is known that none do.
-        self.most_together = None if self.plain else 0
+        # So many experts may go through `together` at once: known from the first weights that `multiply` sees.
+        self.most_together = 0
+        self._together_is_known = not self.plain
         # Scratch of `together`, with its rows as views: to be used with the layer open, so by one thread at a time.
         self._up_KH, self._out_KD = torch.empty(0), torch.empty(0)
         self._ups: list[Tensor] = []
@@ -208,6 +210,9 @@ class Products:
 
     def multiply(self, rows_ND: Tensor, weights: Weights) -> Tensor:
         """One expert on the rows routed to it: [N, D] to [N, D]."""
+        if not self._together_is_known:
+            self._together_is_known = True
+            self.most_together = self._find_most_together(weights)
         first, down = weights[self.first], weights["down_proj"]
         if self.plain and len(first) == 1:  # the common layout, without a line too many
             return linear(self.gate(linear(rows_ND, first[0])), down[0])
@@ -227,16 +232,12 @@ class Products:
         out = torch.cat([linear(rows, part) for part in parts], dim=-1)
         return out.add_(bias) if bias is not None else out
 
-    def together(self, row_1D: Tensor, weights_K: list[Weights]) -> Tensor | None:
+    def together(self, row_1D: Tensor, weights_K: list[Weights]) -> Tensor:
         """`multiply` of one row with each of K experts, [K, D]: products follow each other with few lines between.
 
-        The result is valid until the next call. None where this might change a bit, see `_find_most_together`.
+        For K up to `most_together`. The result is valid until the next call.
         """
         if len(weights_K) != len(self._ups):
-            if self.most_together is None:
-                self.most_together = self._find_most_together(weights_K)
-            if len(weights_K) > self.most_together:
-                return None
             first, down = weights_K[0][self.first][0], weights_K[0]["down_proj"][0]
             # Tensors made in inference mode could not be written outside of it later.
             with torch.inference_mode(False):
@@ -250,8 +251,8 @@ class Products:
             torch.mv(weights["down_proj"][0], inner_I, out=out_D)
         return self._out_KD
 
-    def _find_most_together(self, weights_K: list[Weights]) -> int:
-        """len(weights_K) if `together` gives each of so many experts the bits of `multiply`, else 0.
+    def _find_most_together(self, weights: Weights) -> int:
+        """How many experts `together` may take and still give each the bits of `multiply`; 0 if not even one.
 
         Products must be the matrix-vector products that `linear` takes for one row. The activation of K rows at
         once is each row's own only if rows are whole vectors: on the CPU torch computes the odd elements at the
@@ -259,14 +260,14 @@ class Products:
         projection), and divides 32,768 elements among threads wherever that falls. Some functions take another
         way altogether for a single row (gelu in oneDNN): those are found by trying.
         """
-        parts = weights_K[0][self.first]
-        if len(parts) > 1:
+        parts = weights[self.first]
+        if len(parts) > 1 or not (weight_first(1, parts[0]) and weight_first(1, weights["down_proj"][0])):
             return 0
-        if not (weight_first(1, parts[0]) and weight_first(1, weights_K[0]["down_proj"][0])):
-            return 0
-        num_experts, width = len(weights_K), parts[0].shape[0]
-        if width % 128 != 0 or num_experts * width >= 32768:
-            return 0
-        up_KH = torch.linspace(-8, 8, num_experts * width).to(parts[0].dtype).view(num_experts, width)
-        alone_KI = torch.cat([self.gate(up_1H) for up_1H in up_KH.split(1)])
-        return num_experts if torch.equal(self.gate(up_KH), alone_KI) else 0
+        width = parts[0].shape[0]
+        most = 0 if width % 128 != 0 else min(_MOST_TOGETHER, 32767 // width)
+        up_KH = torch.linspace(-8, 8, most * width).to(parts[0].dtype).view(most, width)
+        alone_KI = [self.gate(up_1H) for up_1H in up_KH.split(1)] if most else []
+        for count in range(1, most + 1):
+            if not torch.equal(self.gate(up_KH[:count]), torch.cat(alone_KI[:count])):
+                return count - 1
+        return most

@@ -162,6 +162,46 @@ def test_the_books_do_not_lag_for_ever(new_cache, monkeypatch):
     assert cache.stats.layers[0].hits == 0, "counted after the reset what came before it"
 
 
+def test_the_time_that_a_layer_is_open_counts(new_cache, monkeypatch):
+    cache = new_cache()
+    consume(cache, 1, [0])
+    before = cache.stats.layers[1].open_seconds
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(expert_cache.time, "perf_counter", lambda: next(clock))
+    assert use(cache, 1, [0])
+    monkeypatch.undo()
+    assert cache.stats.layers[1].open_seconds == pytest.approx(before + 2.5)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda cache: cache.stats,
+        lambda cache: cache.events,
+        lambda cache: cache.reset_stats(),
+        lambda cache: cache.open_ready(0, [0]),
+        lambda cache: cache.prefetch([ExpertId(1, 1)]),
+    ],
+    ids=["stats", "events", "reset_stats", "open_ready", "prefetch"],
+)
+def test_books_that_were_cut_short_are_used_no_more(new_cache, monkeypatch, ask):
+    """Ctrl-C between two lines of catching up: pins may be left, and a later layer would wait for ever."""
+    monkeypatch.setattr(expert_cache, "_MOST_DEFERRED", 1)
+    cache = new_cache()
+    consume(cache, 0, [0])
+    assert use(cache, 0, [0])
+
+    def interrupted(expert: ExpertId) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "_release", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(cache)
+    with pytest.raises(RuntimeError, match="interrupted in the middle of a change"):
+        next(cache.open_layer(1, [2]))
+
+
 STEPS = st.lists(
     st.tuples(
         st.integers(0, 2), st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True), st.booleans()

@@ -1,5 +1,7 @@
 """Everything that generates text in transformers does so on our models, with the same tokens."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +56,9 @@ def mixtral(tmp_path_factory) -> Iterator[SimpleNamespace]:
     folder = write_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral"))
     ours = load("mixtral", folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder)
-    yield SimpleNamespace(ours=ours, theirs=theirs, tokenizer=AutoTokenizer.from_pretrained(folder))
+    yield SimpleNamespace(
+        folder=folder, ours=ours, theirs=theirs, tokenizer=AutoTokenizer.from_pretrained(folder)
+    )
     ours.expertflow.close()
 
 
@@ -113,29 +117,53 @@ def test_continuous_batching_gives_the_greedy_tokens(mixtral):
 
 
 def test_continuous_batching_stays_inside_the_kv_budget(mixtral):
-    """4 x 64 tokens here: 32 pages of 8. Left alone, transformers takes nine tenths of the free memory."""
-    manager = mixtral.ours.init_continuous_batching(
-        GenerationConfig(max_new_tokens=2, eos_token_id=1, pad_token_id=PAD)
-    )
+    """Left alone, transformers takes nine tenths of the free memory."""
+    config = GenerationConfig(max_new_tokens=2, eos_token_id=1, pad_token_id=PAD)
+    manager = mixtral.ours.init_continuous_batching(config)
     pages = manager.continuous_batching_config
-    assert (pages.page_size, pages.num_blocks) == (8, 32)
+    assert (pages.page_size, pages.num_blocks) == (4, 62), "4 x 64 tokens less two spare pages"
     assert pages.max_batch_tokens == mixtral.ours.expertflow.settings.prefill_chunk
+    cache = manager._create_batch_processor().cache
+    held = cache.cache_tensor.numel() * cache.cache_tensor.element_size()
+    assert held <= mixtral.ours.expertflow.plan.kv_bytes
+    assert held > 0.8 * mixtral.ours.expertflow.plan.kv_bytes
+
+
+def test_sizes_in_the_models_generation_config_count(mixtral, monkeypatch):
+    given = ContinuousBatchingConfig(num_blocks=5, page_size=16)
+    monkeypatch.setattr(mixtral.ours.generation_config, "continuous_batching_config", given, raising=False)
+    manager = mixtral.ours.init_continuous_batching()
+    assert manager.continuous_batching_config.num_blocks == 5
 
 
 def test_sizes_that_are_given_are_kept_or_refused():
     settings = Settings(context=64, batch=4)
-    kept = pages_for(ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=7), settings)
-    assert (kept.num_blocks, kept.page_size, kept.max_batch_tokens) == (16, 16, 7)
-    assert pages_for(ContinuousBatchingConfig(page_size=32), settings).num_blocks == 8
-    assert pages_for(None, Settings(context=4096, batch=2)).page_size == 256
+    kept = pages_for(ContinuousBatchingConfig(num_blocks=14, page_size=16, max_batch_tokens=7), settings)
+    assert (kept.num_blocks, kept.page_size, kept.max_batch_tokens) == (14, 16, 7)
+    assert pages_for(kept, settings) == kept, "what was found once may be given again"
+    assert pages_for(ContinuousBatchingConfig(page_size=32), settings).num_blocks == 6
+    assert pages_for(None, Settings(context=8192, batch=2)).page_size == 256
     with pytest.raises(
-        ValueError, match=r"17 block\(s\) of 16 tokens exceed the KV budget of 4 x 64 tokens; load"
+        ValueError, match=r"15 block\(s\) of 16 tokens and 2 spare ones exceed the KV budget of 4 x 64"
     ):
-        pages_for(ContinuousBatchingConfig(num_blocks=17, page_size=16), settings)
-    with pytest.raises(ValueError, match=r"1 block\(s\) of 512 tokens exceed"):
+        pages_for(ContinuousBatchingConfig(num_blocks=15, page_size=16), settings)
+    with pytest.raises(ValueError, match=r"1 block\(s\) of 512 tokens"):
         pages_for(ContinuousBatchingConfig(page_size=512), settings)
     with pytest.raises(ValueError, match=r"max_memory_percent=0\.5 counts what is free"):
         pages_for(ContinuousBatchingConfig(max_memory_percent=0.5), settings)
+
+
+def test_a_model_that_nobody_holds_gives_its_memory_back_at_once(mixtral):
+    """No cycle through what was hung on it: a second load would find the first one's weights still there."""
+    model = load("mixtral", mixtral.folder)
+    cache, gone = model.expertflow.cache, weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+        assert cache._closed
+    finally:
+        gc.enable()
 
 
 # Prompts longer than prefill_chunk run in pieces.
