@@ -84,6 +84,8 @@ def main() -> None:
         ]
         console.print(f"running {worker}, batch {batch}, {text} ...")
         result = run_worker(MODULE, arguments, memory, options.threads)
+        # A run takes minutes: nothing is lost if a later one is stopped.
+        console.print(f"  {json.dumps(result)}", soft_wrap=True)
         runs.append({"worker": worker, "batch": batch, "text": text, **result})
         return result
 
@@ -189,6 +191,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(options.threads)
+    imported = time.perf_counter()
     if options.worker == "ours":
         from expertflow.models.attach import ExpertFlowConfig
 
@@ -239,6 +242,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": options.batch / step_s,
         "step_s_median": step_s,
         "step_s_all": [round(value, 4) for value in seconds],
+        "import_s": imported - started,
         "load_s": loaded - started,
         "first_token_s": first_token,
         "major_faults": usage.ru_majflt,

@@ -124,6 +124,7 @@ class ExpertCache:
         counters = self._stats.layers[layer]
         started = time.perf_counter()
         turn = object()
+        self.close_ready()  # left open if Ctrl-C came at the very entry of that call
         try:
             with self._condition:
                 self._wait_in_line(turn)
@@ -169,7 +170,7 @@ class ExpertCache:
 
         The short way through `open_layer` for a decode step that finds everything: after each product has swept
         the core's caches every line costs, so the books learn of the layer when somebody next needs them. Not
-        None: the layer is open, and the weights valid, until this thread calls `close_ready`.
+        None: the layer is open, and the weights valid, until this thread calls `close_ready` or `open_layer`.
         """
         with self._lock:
             if self._line or self._closed or self._broken or self._loader.died_of or not self.plan.quiet:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -24,19 +23,6 @@ from expertflow.cache.policies import POLICIES, LayerLRU
 from expertflow.core import ExpertId, MoEShape
 
 SHAPE = MoEShape((6, 6, 6))
-
-
-@pytest.fixture
-def new_cache() -> Iterator[Callable[..., ExpertCache]]:
-    caches: list[ExpertCache] = []
-
-    def new(num_slots: int = 4, store: FakeStore | None = None, **settings) -> ExpertCache:
-        caches.append(ExpertCache(store or FakeStore(SHAPE), SHAPE, num_slots, **settings))
-        return caches[-1]
-
-    yield new
-    for cache in caches:
-        cache.close()
 
 
 def at(layer: int, *experts: int) -> list[ExpertId]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
 
 import pytest
 from fakes import (
+    GUARD_S,
     FakeStore,
     Threads,
     Turnstile,
@@ -23,19 +24,6 @@ from expertflow.cache.expert_cache import ExpertCache
 from expertflow.core import ExpertId, MoEShape
 
 SHAPE = MoEShape((6, 6, 6))
-
-
-@pytest.fixture
-def new_cache() -> Iterator[Callable[..., ExpertCache]]:
-    caches: list[ExpertCache] = []
-
-    def new(num_slots: int = 4, **options) -> ExpertCache:
-        caches.append(ExpertCache(FakeStore(SHAPE), SHAPE, num_slots, **options))
-        return caches[-1]
-
-    yield new
-    for cache in caches:
-        cache.close()
 
 
 def use(cache: ExpertCache, layer: int, experts: list[int]) -> bool:
@@ -137,17 +125,6 @@ def test_other_threads_wait_until_it_is_closed(new_cache):
     assert order[-1] == "through"
 
 
-def test_a_layer_cannot_be_opened_within_it(new_cache):
-    cache = new_cache()
-    consume(cache, 0, [0])
-    cache.open_ready(0, [0])
-    with pytest.raises(RuntimeError, match="this thread has a layer open already"):
-        next(cache.open_layer(1, [0]))
-    cache.close_ready()
-    cache.close_ready()  # harmless
-    consume(cache, 1, [0])
-
-
 def test_the_books_do_not_lag_for_ever(new_cache, monkeypatch):
     monkeypatch.setattr(expert_cache, "_MOST_DEFERRED", 3)
     cache = new_cache()
@@ -237,3 +214,23 @@ def test_any_mixture_of_both_ways_leaves_the_books_of_the_long_one(steps, num_sl
     finally:
         for cache in caches:
             cache.close()
+
+
+def test_a_layer_whose_closing_was_interrupted_is_closed_by_the_threads_next(new_cache):
+    """Ctrl-C at the very entry of close_ready, before its lock."""
+    cache = new_cache()
+    consume(cache, 0, [1, 2, 3])
+    assert cache.open_ready(0, [1, 2])
+    with Threads() as threads:
+        queued = threading.Event()
+        on_wait(cache, queued.set)
+        threads.start(consume, cache, 0, [3])
+        assert queued.wait(GUARD_S)
+        consume(cache, 0, [1])
+    cache.close_ready()  # harmless
+    assert cache.open_ready(0, [2])
+    assert cache.open_ready(0, [3]) is None
+    assert use(cache, 0, [3]) is False
+    consume(cache, 1, [4])
+    assert_no_pins(cache)
+    assert cache.stats.uses_LE[0] == [0, 3, 3, 2, 0, 0]
