@@ -120,12 +120,13 @@ def hidden_predictors(
             mask_T = group.mask_BT[row]
             source = group.sequences[row].source_ids_S.tolist()
             hidden_TLD = read(group.ids_BT[row][mask_T].tolist(), source)
+            routes_TLK = group.routes_BTLK[row][mask_T]
             progress(f"hidden states of held-out sequences: {row + 1} of {len(group)}")
             for name, predictor in asked.items():
-                for layer in range(len(weights) - 1):
-                    p_TE = predictor.observe(layer, hidden_TLD[:, layer], None)
-                    assert p_TE is not None, "both speak of every layer but the first"
-                    said[name][row, mask_T, layer + 1, : p_TE.shape[1]] = p_TE.half()
+                for layer in range(len(weights)):
+                    p_TE = predictor.observe(layer, hidden_TLD[:, layer], routes_TLK[:, layer])
+                    if p_TE is not None:  # both speak of every layer but the first
+                        said[name][row, mask_T, layer + 1, : p_TE.shape[1]] = p_TE.half()
         return said
 
     return say

@@ -228,11 +228,37 @@ def test_look_ahead_names_what_the_next_router_would_choose():
     for layer in range(LAYERS - 1):
         p = ahead.observe(layer, hidden, None)
         chosen = (hidden @ weights[layer + 1].T).topk(TOP_K).indices
-        assert torch.equal(p > 0.5, multi_hot(chosen, EXPERTS))
+        assert torch.equal(multi_hot(p.topk(TOP_K).indices, EXPERTS), multi_hot(chosen, EXPERTS))
     assert ahead.observe(LAYERS - 1, hidden, None) is None
     assert ahead.observe(0, None, None) is None
     with pytest.raises(ValueError, match="16"):
         ahead.observe(0, hidden[:, :7], None)
+
+
+@pytest.mark.parametrize("width", [0.01, 1.0, 30.0])
+def test_look_ahead_learns_how_much_its_logits_say(width):
+    """Of one expert per token among 32: what a batch of 8 uses cannot be told from blurred probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(32, 16, generator=generator) * width for _ in range(2)]
+    hidden = torch.randn(640, 16, generator=generator)
+    changed = hidden + 0.3 * torch.randn(640, 16, generator=generator)
+    routes = [torch.zeros(640, 1, dtype=torch.int64), (changed @ weights[1].T).topk(1).indices]
+    ahead = GateLookAhead(weights, 1)
+    first = ahead.observe(0, hidden, routes[0])
+    for start in range(0, 640, 8):
+        rows = slice(start, start + 8)
+        ahead.observe(0, hidden[rows], routes[0][rows])
+        assert ahead.observe(1, changed[rows], routes[1][rows]) is None
+    last = ahead.observe(0, hidden, routes[0])
+    truth = multi_hot(routes[1], 32).float()
+    entropy = torch.nn.functional.binary_cross_entropy
+    assert torch.equal(first.argmax(1), last.argmax(1))
+    assert entropy(last, truth) < 0.9 * entropy(first, truth)
+    best = min(
+        entropy(inclusion_probability(hidden @ weights[1].T * factor, 1), truth)
+        for factor in torch.logspace(-4, 4, 200)
+    )
+    assert entropy(last, truth) < 1.05 * best
 
 
 def test_look_ahead_adds_the_routers_bias():
@@ -240,6 +266,16 @@ def test_look_ahead_adds_the_routers_bias():
     bias[6] = 100.0
     ahead = GateLookAhead([torch.zeros(EXPERTS, 4)] * 2, 1, [None, bias])
     assert ahead.observe(0, torch.ones(1, 4), None).argmax() == 6
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(32, 1), (128, 1), (8, 2), (8, 7), (64, 6)])
+@pytest.mark.parametrize("width", [0.1, 1.0, 5.0, 40.0])
+def test_probabilities_add_up_to_the_number_chosen_in_the_order_of_the_logits(experts, top_k, width):
+    logits = torch.randn(200, experts, generator=torch.Generator().manual_seed(0)) * width
+    p = inclusion_probability(logits, top_k)
+    assert torch.allclose(p.sum(-1), torch.full((200,), float(top_k)), rtol=1e-3)
+    ordered = p.gather(1, logits.argsort(-1, descending=True))
+    assert (ordered.diff() <= 0).all()
 
 
 def test_a_router_that_takes_all_is_certain():
