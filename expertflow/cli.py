@@ -670,17 +670,21 @@ def _hidden(
         return
     with _load(model, None, {}) as llm:
         from expertflow.engine.hidden_states import hidden_predictors, hidden_states
-        from expertflow.models.fingerprint import fingerprint
 
-        found = fingerprint(llm.model)
-        if found != meta.fingerprint:
-            raise ValueError(
-                f"{model} has fingerprint {found}, and the traces were recorded with {meta.model} "
-                f"({meta.fingerprint}); give the model that was traced"
-            )
+        _verify_traced(llm, model, meta)
         train = [s for s in sequences if s.split == "train" and s.task in counted]
         with hidden_states(llm) as read:
             yield hidden_predictors(llm, read, meta, train, gate_tokens)
+
+
+def _verify_traced(llm: LLM, model: str, meta: Any) -> None:
+    from expertflow.models.fingerprint import fingerprint
+
+    if (found := fingerprint(llm.model)) != meta.fingerprint:
+        raise ValueError(
+            f"{model} has fingerprint {found}, and the traces were recorded with {meta.model} "
+            f"({meta.fingerprint}); give the model that was traced, or leave --model out"
+        )
 
 
 @app.command()
@@ -697,19 +701,40 @@ def train_predictor(
         str | None,
         typer.Option(metavar="NAME", help="train on this task's sequences only", show_default="all tasks"),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="the traced model: its embedding tells of tokens that the traces hardly show",
+            show_default="none: tokens are only numbers",
+        ),
+    ] = None,
 ) -> None:
     """Learn from recorded routes which experts a text will need, for prefetching and eviction.
 
-    A run that was interrupted continues when the same command is given again.
+    A run that was interrupted continues when the same command is given again. With --model the predictor knows
+    other subjects better than those it is trained on, and costs the same.
 
     [bold]Example[/bold]
 
-      expertflow train-predictor traces/chat -o predictors/chat --minutes 10
+      expertflow train-predictor traces/chat --model models/tiny-moe -o predictors/chat --minutes 10
     """
     checked = TrainSettings(**training)
     from expertflow.predictor.train import train_predictor as run_training
 
-    run_training(traces, output, sizes, checked, task=task)
+    embedding_VD = None if model is None else _input_embedding(model, traces[0])
+    run_training(traces, output, sizes, checked, task=task, embedding_VD=embedding_VD)
+
+
+def _input_embedding(model: str, trace: Path) -> Any:
+    """A copy of the traced model's, V x D. Raises ValueError for another model than the traced one."""
+    from expertflow.trace import read_trace
+
+    meta = read_trace(trace, weights=False).meta
+    with _load(model, None, {"cache_size": 2.0}) as llm:
+        _verify_traced(llm, model, meta)
+        embedding: Any = llm.model.get_input_embeddings()
+        return embedding.weight.detach().clone()
 
 
 @app.command()

@@ -28,8 +28,10 @@ from expertflow.predictor.layers import Encoder
 from expertflow.predictor.next_use import HORIZONS, expected_passes
 from expertflow.predictor.protocol import PathContext
 from expertflow.predictor.sizes import PredictorSizes
+from expertflow.predictor.tables import Table, anchor_of
 from expertflow.trace import TraceMeta
 
+_EMBEDDING_STD = 0.5
 _NO_EXPERT = -30.0  # logit of an expert that a narrower layer does not have
 
 
@@ -75,10 +77,10 @@ class Heads(nn.Module):
         outputs = self.shape[0] * self.shape[1]
         self.project = nn.Linear(sizes.hidden, outputs)
         nn.init.zeros_(self.project.bias)
-        self.token_table: nn.Embedding | None = None
+        self.token_table: Table | None = None
         if sizes.token_rank:
             # Zero: a token never seen in training adds nothing.
-            self.token_table = nn.Embedding(vocab_size + 1, sizes.token_rank)
+            self.token_table = Table(vocab_size, sizes.token_rank)
             nn.init.zeros_(self.token_table.weight)
             self.token_project = nn.Linear(sizes.token_rank, outputs, bias=False)
             nn.init.normal_(self.token_project.weight, std=sizes.token_rank**-0.5)
@@ -88,7 +90,7 @@ class Heads(nn.Module):
     def forward(self, states_BTD: Tensor, ids_BT: Tensor) -> Tensor:
         logits = self.project(states_BTD)
         if self.token_table is not None:
-            logits = logits + self.token_project(look_up(self.token_table, ids_BT))
+            logits = logits + self.token_project(self.token_table(ids_BT))
         logits_BTLE = logits.unflatten(-1, self.shape)
         if self.missing_LE is not None:
             logits_BTLE = logits_BTLE.masked_fill(self.missing_LE, _NO_EXPERT)
@@ -108,8 +110,8 @@ class RoutingPathPredictor(nn.Module):
         if not target:
             raise ValueError(f"{model.model} has no MoE layers in its decoder; nothing to predict in decode")
         size = (sizes.hidden, sizes.feed_forward, sizes.heads)
-        self.embedding = nn.Embedding(model.vocab_size + 1, sizes.hidden)
-        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.embedding = Table(model.vocab_size, sizes.hidden)
+        nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
         self.reads_source = model.source_layers > 0
         with_encoder = self.reads_source or sizes.arch == "paper"
         self.encoder = Encoder(*size, sizes.encoder_layers) if with_encoder else None
@@ -138,7 +140,7 @@ class RoutingPathPredictor(nn.Module):
             memory = self.decoder.remember(states_BSD, mask_BS)
             if self.source_heads is not None and source_BS is not None:
                 source_BSLE = self.source_heads(states_BSD, source_BS)
-        states_BTD = self.decoder(look_up(self.embedding, target_BT), target_mask_BT, memory)
+        states_BTD = self.decoder(self.embedding(target_BT), target_mask_BT, memory)
         return PathLogits(self.target_heads(states_BTD, target_BT), states_BTD, source_BSLE)
 
     @torch.inference_mode()
@@ -156,7 +158,7 @@ class RoutingPathPredictor(nn.Module):
             raise ValueError(f"{self.model.model} has no MoE layers in an encoder, or no source was given")
         mask_BS = _mask(context.source_BS, context.source_mask_BS)
         assert self.encoder is not None
-        states_BSD = self.encoder(look_up(self.embedding, context.source_BS), mask_BS)
+        states_BSD = self.encoder(self.embedding(context.source_BS), mask_BS)
         return self.source_heads(states_BSD, context.source_BS).sigmoid()
 
     @torch.inference_mode()
@@ -171,7 +173,7 @@ class RoutingPathPredictor(nn.Module):
         if known_BS is None:
             raise ValueError("this predictor has an encoder; give it the source, or the prompt")
         mask_BS = _mask(known_BS, mask_BS)
-        memory = self.decoder.remember(self.encoder(look_up(self.embedding, known_BS), mask_BS), mask_BS)
+        memory = self.decoder.remember(self.encoder(self.embedding(known_BS), mask_BS), mask_BS)
         return self.decoder.start(known_BS.shape[0], memory)
 
     @torch.inference_mode()
@@ -182,7 +184,7 @@ class RoutingPathPredictor(nn.Module):
 
         Returns (p_BNLE, states_BND); the states are what `next_use` reads.
         """
-        states_BND = self.decoder.advance(state, look_up(self.embedding, new_BN), _mask(new_BN, mask_BN))
+        states_BND = self.decoder.advance(state, self.embedding(new_BN), _mask(new_BN, mask_BN))
         return self.target_heads(states_BND, new_BN).sigmoid(), states_BND
 
     def next_use_logits(self, states_BND: Tensor) -> Tensor:
@@ -220,14 +222,27 @@ class RoutingPathPredictor(nn.Module):
         """Of all parameters as they are held now (`compact` first to see what a trained one takes)."""
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
+    def anchor(self, embedding_VD: Tensor) -> None:
+        """Let training lean on the model's own input embedding, until `fold` (see `Table`).
+
+        embedding_VD: its rows by token id, of the model whose routes are predicted.
+        """
+        anchor_VD = anchor_of(embedding_VD, self.model.vocab_size)
+        for table in self.tables():
+            table.anchor(anchor_VD, _EMBEDDING_STD if table is self.embedding else 0.0)
+
+    def fold(self) -> None:
+        for table in self.tables():
+            table.fold()
+
     def compact(self) -> RoutingPathPredictor:
         """Round the tables of V rows to bfloat16, in place. Returns self, ready to predict."""
         for table in self.tables():
             table.weight.data = table.weight.data.to(torch.bfloat16)
         return self.eval().requires_grad_(False)
 
-    def tables(self) -> list[nn.Embedding]:
-        """The embeddings with a row per token; the last row is "never seen"."""
+    def tables(self) -> list[Table]:
+        """Those with a row per token; the last row is "never seen"."""
         heads = [h for h in (self.target_heads, self.source_heads) if h is not None]
         return [self.embedding, *(h.token_table for h in heads if h.token_table is not None)]
 
@@ -253,11 +268,7 @@ class RoutingPathPredictor(nn.Module):
                 "this predictor has an encoder; give PathContext.source_BS, or num_prefill_B where the model has "
                 "no encoder of its own and the prompt is read"
             )
-        return self.encoder(look_up(self.embedding, known_BS), mask_BS), mask_BS
-
-
-def look_up(table: nn.Embedding, ids: Tensor) -> Tensor:
-    return table(ids).float()
+        return self.encoder(self.embedding(known_BS), mask_BS), mask_BS
 
 
 def prompts_of(target_BT: Tensor, mask_BT: Tensor, num_prefill_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,9 @@ def _start(
         log_odds_UF = p_UF.clamp(1e-4, 1 - 1e-4).logit() - popularity_F.clamp(1e-4, 1 - 1e-4).logit()
         table_UR, project_FR = _low_rank(log_odds_UF, times_U1.sqrt(), heads.token_table.embedding_dim)
         heads.token_project.weight.copy_(project_FR)
-        heads.token_table.weight[torch.from_numpy(seen_U[kept_U]).long()] = table_UR
+        kept_ids_U = torch.from_numpy(seen_U[kept_U]).long()
+        heads.token_table.weight[kept_ids_U] = table_UR
+        heads.token_table.explain(kept_ids_U, times_U1[:, 0])
 
 
 def _low_rank(matrix_UF: Tensor, weight_U1: Tensor, rank: int) -> tuple[Tensor, Tensor]:

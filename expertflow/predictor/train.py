@@ -78,6 +78,7 @@ def train(
         advance(run.step, run.steps)
     predictor.load_state_dict(run.best)
     forget_unseen(predictor, paths)
+    predictor.fold()
     predictor.compact()
     return run.curve
 
@@ -89,10 +90,12 @@ def train_predictor(
     settings: TrainSettings,
     task: str | None = None,
     say: Callable[[str], None] | None = None,
+    embedding_VD: Tensor | None = None,
 ) -> dict[str, Any]:
     """Train on recordings and leave a predictor in `output`; the body of `expertflow train-predictor`.
 
-    sizes: fields of PredictorSizes that were given. say: takes a line of text; None prints to stderr under a
+    sizes: fields of PredictorSizes that were given. embedding_VD: the traced model's input embedding, to lean on
+    for tokens that the recordings hardly show. say: takes a line of text; None prints to stderr under a
     progress bar. Returns the metrics. Raises ValueError for traces, settings or folders that do not go together.
     """
     output, wanted = Path(output), sizes_of(**sizes)
@@ -105,6 +108,8 @@ def train_predictor(
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             predictor = RoutingPathPredictor(wanted, PredictedModel.of(paths.meta))
+            if embedding_VD is not None:
+                predictor.anchor(embedding_VD)
             start_from_counts(predictor, paths)
         with _progress(say) as (tell, advance):
             tell(
@@ -123,6 +128,7 @@ def train_predictor(
                 "curve": [v._asdict() for v in curve],
             }
             training = {**asdict(settings), "traces": [str(t) for t in traces], "task": task}
+            training["model's embedding"] = embedding_VD is not None
             save_predictor(output, predictor, metrics, training)
             (output / CHECKPOINT).unlink(missing_ok=True)
             _draw_curve(curve, output / "training.png")
@@ -199,6 +205,7 @@ class _Run:
             **{k: v for k, v in asdict(settings).items() if k not in ("threads", "minutes")},
             **asdict(predictor.sizes),
             "fingerprint": predictor.model.fingerprint,
+            "model's embedding": predictor.embedding.project is not None,
             "tokens": seen,
             "sequences": len(paths.train),
         }
@@ -335,11 +342,10 @@ def _cross_entropy(logits: Tensor, needed: Tensor | None, mask: Tensor) -> Tenso
 def hide_some(
     batch: TracedBatch, predictor: RoutingPathPredictor, share: float, draw: torch.Generator
 ) -> TracedBatch:
-    """Replace a share of the tokens by the last row of the tables, "never seen"."""
-    unknown = predictor.model.vocab_size
+    """Give a share of the tokens the last row of the tables, "never seen"."""
 
     def hide(ids: Tensor) -> Tensor:
-        return ids.masked_fill(torch.rand(ids.shape, generator=draw) < share, unknown)
+        return torch.where(torch.rand(ids.shape, generator=draw) < share, predictor.embedding.hide(ids), ids)
 
     source_BS = None if batch.source_BS is None else hide(batch.source_BS)
     return batch._replace(target_BT=hide(batch.target_BT), source_BS=source_BS)

@@ -16,6 +16,7 @@ from expertflow.config import Tracing
 from expertflow.engine.datasets import Example
 from expertflow.engine.hidden_states import hidden_states, routers
 from expertflow.engine.tracing import record_trace
+from expertflow.predictor.storage import load_predictor, read_description
 from expertflow.trace import TraceWriter, read_trace
 from tests.families import write_checkpoint
 
@@ -42,8 +43,8 @@ def record(family: str, root: Path) -> tuple[Path, Path]:
     return folder, root / "trace"
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(cli.app, ["eval-predictor", *map(str, arguments)])
+def run(*arguments: object, command: str = "eval-predictor"):
+    return CliRunner().invoke(cli.app, [command, *map(str, arguments)])
 
 
 @pytest.mark.parametrize("kind", ["recorded", "recorded_switch"])
@@ -96,6 +97,22 @@ def test_the_command_with_and_without_the_model(kind, request, tmp_path):
     assert names >= {"TLP", "online table", "look-ahead", "pre-gate", "untrained default"}
 
 
+def test_a_predictor_leans_on_the_models_embedding(recorded, tmp_path):
+    folder, trace_folder = recorded
+    small = ("--hidden", 16, "--feed-forward", 16, "--token-rank", 4, "--epochs", 1)
+    rows = {}
+    for name, flags in (("with", ("--model", folder)), ("without", ())):
+        result = run(trace_folder, *flags, *small, "-o", tmp_path / name, command="train-predictor")
+        assert result.exit_code == 0, result.output
+        table = load_predictor(tmp_path / name).embedding.weight
+        seen = set(np.concatenate([s.target_ids_T for s in read_trace(trace_folder) if s.split == "train"]))
+        unseen = [token for token in range(len(table) - 1) if token not in seen]
+        rows[name] = len(table[unseen].float().unique(dim=0)), len(unseen)
+        assert read_description(tmp_path / name)["training"]["model's embedding"] == (name == "with")
+    assert rows["without"][0] == 1, "all that is never seen is one"
+    assert rows["with"][0] == rows["with"][1] > 1
+
+
 def test_another_models_traces_are_refused(recorded, tmp_path):
     folder, trace_folder = recorded
     trace = read_trace(trace_folder)
@@ -103,6 +120,9 @@ def test_another_models_traces_are_refused(recorded, tmp_path):
         for sequence in trace:
             writer.append(sequence)
     result = run("--traces", tmp_path / "other", "--model", folder)
+    assert result.exit_code == 2
+    assert "give the model that was traced" in result.output
+    result = run(tmp_path / "other", "--model", folder, "-o", tmp_path / "out", command="train-predictor")
     assert result.exit_code == 2
     assert "give the model that was traced" in result.output
     result = run("--traces", trace_folder, "--traces", tmp_path / "other")
