@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from expertflow.step_time import (
     typical_hit_ratio,
 )
 from expertflow.store.checkpoint import Checkpoint, open_checkpoint
+from expertflow.store.quantized import refuse_quantized
 
 
 @dataclass(frozen=True)
@@ -196,15 +197,7 @@ def _read_config(folder: Path, source: str) -> PretrainedConfig:
         raise ValueError(f"{source}: config.json is not valid JSON ({error}); download it again") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ValueError(f"{source}: config.json names no model_type; it is of no transformers model")
-    quantization = fields.get("quantization_config") or fields.get("compression_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
-        )
-        raise ValueError(
-            f"{source} is quantized ({method}, by the quantization_config it has); expertflow reads "
-            f"bfloat16, float16, float32 and float64 only: use an unquantized (bf16) copy of the model"
-        )
+    refuse_quantized(fields, source)
     register()
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

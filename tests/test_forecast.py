@@ -293,9 +293,9 @@ def edit_config(folder: Path, target: Path, **fields: Any) -> Path:
     [
         (
             {"quantization_config": {"quant_method": "mxfp4"}},
-            r"is quantized \(mxfp4, .* use an unquantized \(bf16\)",
+            r"is quantized \(MXFP4, .* use an unquantized \(bf16\)",
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized \(fp8, "),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized \(FP8, "),
         (
             {"model_type": "perpetuum_mobile"},
             r"no language model of type 'perpetuum_mobile' .* upgrade transformers",

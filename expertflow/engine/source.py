@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from expertflow.hub_headers import _clear_errors as clear_hub_errors
+from expertflow.store.quantized import refuse_quantized
 
 _SMALL_FILES = ("*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors")
@@ -125,15 +126,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_config(config: dict[str, Any], where: str) -> None:
     """ValueError, with the remedy, for what cannot run whatever the weights are."""
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        method = (
-            str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
-        )
-        raise ValueError(
-            f"{where} is quantized ({method.upper()}, by the quantization_config of its config.json), and "
-            f"quantized experts are not supported yet; use an unquantized (bf16) copy of the model"
-        )
+    refuse_quantized(config, where)
     model_type = config.get("model_type")
     if not model_type:
         raise ValueError(f"{where}: config.json names no model_type, so its architecture is unknown")

@@ -8,6 +8,7 @@ they are in the checkpoint and are read when a router asks for them.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -39,11 +40,13 @@ from expertflow.models.experts import Attachment, expertflow_experts
 from expertflow.models.footprint import honoured_prefill, measure_model
 from expertflow.models.lookahead import look_ahead_for
 from expertflow.models.products import speed_up_dense
+from expertflow.models.refusal import RefusingName
 from expertflow.models.spans import ExpertSpans, MoELayer, derive_expert_spans, find_moe_layers
 from expertflow.models.switch import OffloadedExperts
 from expertflow.read_ahead import will_need
 from expertflow.store.checkpoint import Checkpoint, TensorSpan, open_checkpoint
 from expertflow.store.disk import DiskStore
+from expertflow.store.quantized import refuse_quantized
 from expertflow.store.ram import RamStore
 
 logger = logging.getLogger(__name__)
@@ -75,6 +78,9 @@ class ExpertFlowConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, **asdict(self.settings)}
+
+
+ExpertFlowConfig.__name__ = RefusingName(ExpertFlowConfig.__name__)
 
 
 @dataclass
@@ -127,7 +133,9 @@ class ExpertFlowQuantizer(HfQuantizer):
             )
         self.settings = honoured_prefill(model, self.settings)
         # Hub files are links into a blob folder; the folder that names them is the checkpoint.
-        checkpoint = open_checkpoint(Path(os.path.abspath(checkpoint_files[0])).parent)
+        folder = Path(os.path.abspath(checkpoint_files[0])).parent
+        _refuse_skipped_quantization(folder)
+        checkpoint = open_checkpoint(folder)
         spans = derive_expert_spans(model, moe_layers, checkpoint)
         store = DiskStore(checkpoint, spans.parts, direct=self.settings.direct_io)
         dtype = next(param.dtype for param in moe_layers[0].module.parameters())
@@ -200,6 +208,14 @@ def register() -> None:
     register_quantizer(METHOD)(ExpertFlowQuantizer)
     ALL_EXPERTS_FUNCTIONS.register(METHOD, expertflow_experts)
     deepseek_moe.register()
+
+
+def _refuse_skipped_quantization(folder: Path) -> None:
+    """ValueError for a format that transformers does not know, and would load as if it were plain weights."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if (config.get("quantization_config") or {}).get("quant_method") != METHOD:
+        refuse_quantized(config, str(folder))
 
 
 def take_out_experts(model: PreTrainedModel, moe_layers: Sequence[MoELayer], spans: ExpertSpans) -> None:

@@ -14,7 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from expertflow import budget
 from expertflow.models import attach
@@ -79,13 +85,39 @@ def edit_config(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_a_quantized_checkpoint_is_refused(copy):
-    """transformers itself refuses before we are asked; it names both methods."""
-    edit_config(copy, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    with pytest.raises(
-        ValueError, match="quantized with FineGrainedFP8Config but you are passing a ExpertFlow"
-    ):
+QUANTIZED = {
+    "FP8 or MXFP8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "MXFP4": {"quant_method": "mxfp4"},
+    "BITSANDBYTES 4BIT or BITSANDBYTES 8BIT": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "GPTQ": {"quant_method": "gptq", "bits": 4},
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+@pytest.mark.parametrize("model_class", [AutoModelForCausalLM, MixtralForCausalLM])
+def test_a_quantized_checkpoint_is_refused_in_our_words(copy, method, model_class):
+    """transformers' own refusal asks for "the same quantization config class", which is no way out here."""
+    edit_config(copy, quantization_config=QUANTIZED[method])
+    with pytest.raises(ValueError, match=rf"is quantized \({method}, .* use an unquantized \(bf16\) copy"):
+        model_class.from_pretrained(copy, quantization_config=ExpertFlowConfig(cache_size=1.5))
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
+def test_a_format_that_transformers_skips_is_refused_too(copy, field):
+    """It warns of an unknown method and goes on; quantized dense weights would pass for plain ones."""
+    edit_config(copy, **{field: {"quant_method": "ternary"}})
+    with pytest.raises(ValueError, match=r"mixtral is quantized \(TERNARY, .* use an unquantized"):
         load(copy)
+
+
+def test_the_name_of_our_config_is_a_name():
+    """A second load meets the first one's config: that is no other format."""
+    attach.register()
+    name = ExpertFlowConfig.__name__
+    assert name == "ExpertFlowConfig"
+    assert {name: 1}["ExpertFlowConfig"] == 1
+    assert not (name != "ExpertFlowConfig")  # noqa: SIM202 - it is the operator that is tested
+    assert name != "LlamaConfig"
 
 
 def edit_weights(folder: Path, change: Any) -> None:
