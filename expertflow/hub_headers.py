@@ -1,18 +1,21 @@
 """Headers of a model on the Hugging Face hub, by range requests: what it is made of, before any download.
 
 One call of the hub's API lists the files, their sizes and the commit; then come config.json, the index,
-and of each safetensors file 8 bytes and its header. No byte of a tensor is asked for, and a server that
+and of each safetensors file 8 bytes and its header, of each .bin its zip directory and pickled index. No byte
+of a tensor is asked for, and a server that
 would send whole files is hung up on. The spans are those that open_checkpoint would find after a download.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from expertflow.store.bin_image import write_bin_image
 from expertflow.store.checkpoint import Checkpoint, FileIdentity, TensorSpan
+from expertflow.store.legacy_bin import read_bin_index
 from expertflow.store.safetensors_header import (
     MAX_HEADER_BYTES,
     damaged,
@@ -44,6 +49,7 @@ except ImportError:
 # Two round trips per shard; DeepSeek-V3 has 163 shards.
 _PARALLEL_REQUESTS = 8
 _CONFIG_LIMIT_BYTES = 16 << 20
+_WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks
 
 
 @dataclass(frozen=True)
@@ -118,21 +124,27 @@ class _RemoteFolder:
     def index(self) -> Checkpoint:
         """Spans of all tensors, from the files that transformers would choose."""
         weight_map: dict[str, str] = {}
-        if "model.safetensors" in self._sizes:
-            names = ["model.safetensors"]
-        elif "model.safetensors.index.json" in self._sizes:
-            weight_map = self._weight_map("model.safetensors.index.json")
-            names = sorted(set(weight_map.values()))
+        for whole in _WHOLE_FILES:
+            if whole in self._sizes:
+                names = [whole]
+                break
+            if f"{whole}.index.json" in self._sizes:
+                weight_map = self._weight_map(f"{whole}.index.json")
+                names = sorted(set(weight_map.values()))
+                break
         else:
-            raise self._no_safetensors_error()
+            raise self._no_weights_error()
         missing = [name for name in names if name not in self._sizes]
         if missing:
             raise FileNotFoundError(
                 f"{self.folder}: the index names {len(names)} shards, of which {len(missing)} are not in the "
                 f"repository, first {missing[0]}; choose another revision"
             )
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            headers = list(pool.map(self._spans_of, names))
+        if whole == "model.safetensors":
+            with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+                headers = list(pool.map(self._spans_of, names))
+        else:
+            headers = list(map(self._bin_spans_of, names))
         spans: dict[str, TensorSpan] = {}
         for found in headers:
             for key, span in found.items():
@@ -144,7 +156,7 @@ class _RemoteFolder:
                 raise damaged(self.folder, f"the index says that {key!r} is in {name}, but it is not")
         files = tuple(self.path(name) for name in names)
         identities = {self.path(name): FileIdentity(self._size(name), 0, 0, 0) for name in names}
-        return Checkpoint(self.folder, spans, files, "safetensors", identities)
+        return Checkpoint(self.folder, spans, files, whole.rpartition(".")[2], identities)
 
     def read_whole(self, name: str, limit: int) -> bytes:
         """A small file that holds no weights."""
@@ -157,6 +169,13 @@ class _RemoteFolder:
         first = self._read_range(name, 0, min(8, file_bytes))
         end = safetensors_header_bytes(first, file_bytes, path)
         return parse_safetensors_header(first + self._read_range(name, 8, end), file_bytes, path)
+
+    def _bin_spans_of(self, name: str) -> dict[str, TensorSpan]:
+        path, file_bytes = self.path(name), self._size(name)
+        with tempfile.TemporaryDirectory(prefix="expertflow-") as temporary:
+            image = Path(temporary) / "image"
+            write_bin_image(image, partial(self._read_range, name), file_bytes, path)
+            return read_bin_index(path, image)
 
     def _weight_map(self, name: str) -> dict[str, str]:
         content = load_json(self.read_whole(name, MAX_HEADER_BYTES), self.path(name), "the index")
@@ -206,20 +225,15 @@ class _RemoteFolder:
             )
         return body
 
-    def _no_safetensors_error(self) -> Exception:
+    def _no_weights_error(self) -> Exception:
         repo, names = self.folder.as_posix(), sorted(self._sizes)
         if any(name.endswith(".gguf") for name in names):
             return ValueError(
                 f"{repo} holds GGUF weights, which are not supported; "
                 f"give the repository of the original safetensors checkpoint"
             )
-        if any(name.startswith("pytorch_model") for name in names):
-            return ValueError(
-                f"{repo} holds .bin weights only, whose index cannot be read over the network; "
-                f"download it (`hf download {repo}`), then give its folder"
-            )
         return FileNotFoundError(
-            f"{repo} holds no weights: neither model.safetensors nor model.safetensors.index.json"
+            f"{repo} holds no weights: neither {' nor '.join(_WHOLE_FILES)}, whole or with an index"
         )
 
 

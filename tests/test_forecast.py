@@ -37,6 +37,9 @@ from expertflow.step_time import (
     typical_hit_ratio,
 )
 from tests.families import write_checkpoint
+from tests.test_hub_headers import COMMIT, REPO, online, serve
+
+__all__ = ["online"]  # a fixture
 
 # Two layers of four experts of 10 bytes, top-2; 0.1 s to multiply an expert, 0.6 s to load it.
 STEP = Pass(layers=2, experts_per_layer=(4, 4), dense_bytes=100, head_bytes=20)
@@ -369,6 +372,30 @@ def test_downloaded_hub_model_needs_no_network(
     found = plan_model("someone/tiny", Settings(memory="4GiB"), machine=MACHINE)
     assert found.num_experts == 16
     assert found.commit is None  # nobody was asked
+
+
+def test_a_hub_model_of_bin_files_is_planned_as_its_folder(tmp_path: Path, online: None) -> None:
+    """It was refused: "whose index cannot be read over the network". Switch and NLLB are published so."""
+    server = serve(write_checkpoint("switch", tmp_path / "switch"))
+    settings = Settings(cache_size=2, context=64)
+    try:
+        remote = plan_model(REPO, settings, machine=MACHINE, endpoint=server.url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    local = plan_model(server.folder, settings, machine=MACHINE)
+    assert remote.commit == COMMIT
+    assert remote.fetched_bytes < remote.total_bytes / 4
+    for field in (
+        "model_type",
+        "total_bytes",
+        "dense_bytes",
+        "expert_bytes",
+        "num_experts",
+        "work",
+        "speeds",
+    ):
+        assert getattr(remote, field) == getattr(local, field)
 
 
 # --- measuring, and showing

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,33 @@ def test_single_file(tmp_path: Path, online: None) -> None:
         server.server_close()
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_bin_files_are_indexed_without_a_byte_of_a_tensor(tmp_path: Path, online: None, shards: int) -> None:
+    server = serve(write_checkpoint("switch", tmp_path / "tiny", shards=shards))
+    try:
+        remote = fetch_hub_model(REPO, endpoint=server.url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    local = open_checkpoint(server.folder)
+    assert remote.checkpoint.format == local.format == "bin"
+    assert remote.checkpoint.spans == {
+        key: replace(span, path=Path(REPO) / span.path.name) for key, span in local.spans.items()
+    }
+    assert remote.checkpoint.fingerprint == local.fingerprint
+    assert len(remote.checkpoint.files) == shards
+    for span in local.spans.values():
+        for name, begin, end in server.sent:
+            assert name != span.path.name or end <= span.offset or begin >= span.offset + span.nbytes
+    assert sum(end - begin for _, begin, end in server.sent) == remote.fetched_bytes
+
+
+def test_safetensors_come_before_bin(hub: TinyHub) -> None:
+    """As transformers chooses, also where the .bin is one file and safetensors are sharded."""
+    hub.listed["pytorch_model.bin"] = 1000
+    assert fetch_hub_model(REPO, endpoint=hub.url).checkpoint.format == "safetensors"
+
+
 def test_server_without_ranges_is_hung_up_on(hub: TinyHub) -> None:
     hub.honours_ranges = False
     with pytest.raises(
@@ -201,7 +229,7 @@ def test_no_repository_name(online: None) -> None:
     [
         ({"config.json"}, "holds no weights"),
         ({"config.json", "model-q4.gguf"}, "GGUF weights, which are not supported"),
-        ({"config.json", "pytorch_model.bin"}, r"\.bin weights only.*`hf download someone/tiny`"),
+        ({"config.json", "pytorch_model-00001-of-00003.bin"}, "holds no weights"),
         ({"model.safetensors"}, "has no config.json"),
         ({"config.json", "model.safetensors.index.json"}, "3 shards, of which 3 are not in the repository"),
     ],

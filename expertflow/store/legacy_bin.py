@@ -29,10 +29,13 @@ _CONVERT = (
 )
 
 
-def read_bin_index(path: Path) -> dict[str, TensorSpan]:
-    """Spans of all tensors of one file; tied tensors share theirs. ValueError for what cannot be read."""
-    record_bytes = _zip_records(path)
-    state_dict = _load_without_data(path)
+def read_bin_index(path: Path, image: Path | None = None) -> dict[str, TensorSpan]:
+    """Spans of all tensors of one file; tied tensors share theirs. ValueError for what cannot be read.
+
+    image: what to read in place of `path`, whose name stays in spans and errors (bin_image.py).
+    """
+    record_bytes = _zip_records(path, image or path)
+    state_dict = _load_without_data(path, image or path)
     if not isinstance(state_dict, Mapping):
         raise _refused(path, f"holds a {type(state_dict).__name__}, not a dictionary of tensors")
     spans = {
@@ -49,12 +52,12 @@ def _refused(path: Path, what: str) -> ValueError:
     return ValueError(f"{path} {what}; refused: {_CONVERT}")
 
 
-def _load_without_data(path: Path) -> Any:
+def _load_without_data(path: Path, image: Path) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import, only .bin needs it
 
     try:
         with FakeTensorMode():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+            return torch.load(image, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # whatever a damaged or hostile pickle provokes inside torch
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise _refused(
@@ -64,9 +67,9 @@ def _load_without_data(path: Path) -> Any:
         ) from error
 
 
-def _zip_records(path: Path) -> dict[int, int]:
+def _zip_records(path: Path, image: Path) -> dict[int, int]:
     """File offset of each record's bytes -> its size. ValueError unless all are stored as they are."""
-    with path.open("rb") as file:
+    with image.open("rb") as file:
         first = file.read(len(LFS_POINTER))
         if first == LFS_POINTER:
             raise lfs_error(path)
