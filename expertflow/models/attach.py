@@ -43,6 +43,7 @@ from expertflow.models.products import speed_up_dense
 from expertflow.models.refusal import RefusingName
 from expertflow.models.spans import ExpertSpans, MoELayer, derive_expert_spans, find_moe_layers
 from expertflow.models.switch import OffloadedExperts
+from expertflow.models.uncached import run_whole_without_cache
 from expertflow.read_ahead import will_need
 from expertflow.store.checkpoint import Checkpoint, TensorSpan, open_checkpoint
 from expertflow.store.disk import DiskStore
@@ -184,6 +185,7 @@ class ExpertFlowQuantizer(HfQuantizer):
             model.get_encoder().register_forward_pre_hook(guard, with_kwargs=True)
         if model.generation_config is not None and self.settings.prefill_chunk < self.settings.context:
             model.generation_config.prefill_chunk_size = self.settings.prefill_chunk
+            run_whole_without_cache(model, self.settings)
         return model
 
     def is_serializable(self) -> bool:

@@ -155,7 +155,7 @@ def test_sizes_that_are_given_are_kept_or_refused():
 
 def test_a_model_that_nobody_holds_gives_its_memory_back_at_once(mixtral):
     """No cycle through what was hung on it: a second load would find the first one's weights still there."""
-    model = load("mixtral", mixtral.folder)
+    model = load("mixtral", mixtral.folder, prefill_chunk=16)
     cache, gone = model.expertflow.cache, weakref.ref(model)
     gc.disable()
     try:
@@ -214,6 +214,46 @@ def test_recurrent_models_read_their_prompt_whole(name, tmp_path):
     assert model.expertflow.settings.prefill_chunk == 600
     plan = model.expertflow.plan
     assert plan.scratch_bytes > 600 * plan.model.scratch_bytes_per_token
+    model.expertflow.close()
+
+
+@pytest.mark.parametrize(
+    "how", [{"do_sample": False}, {"do_sample": False, "num_beams": 2}], ids=["greedy", "beams"]
+)
+def test_generate_without_a_cache(mixtral, how):
+    """It once failed with "Cannot use prefill chunking without a cache", a setting that nobody had made."""
+    model = load("mixtral", mixtral.folder, prefill_chunk=32)
+    tokens = longest_passes(model)
+    texts = [
+        m.generate(**prompts(), **how, max_new_tokens=8, use_cache=False) for m in (model, mixtral.theirs)
+    ]
+    assert torch.equal(*texts)
+    assert tokens == list(range(17, 25))
+    tokens.clear()
+    config = GenerationConfig(max_new_tokens=8, use_cache=False, **how)
+    assert torch.equal(model.generate(**prompts(), generation_config=config), texts[1])
+    assert tokens == list(range(17, 25))
+    model.expertflow.close()
+
+
+def test_without_a_cache_scratch_memory_is_the_limit(mixtral):
+    """Every step runs the whole sequence. Refused before the first one, not at the token that is too many."""
+    model = load("mixtral", mixtral.folder, prefill_chunk=16, batch=2)
+    tokens = longest_passes(model)
+    with pytest.raises(ValueError, match=r"2 sequence\(s\) of up to 17 tokens .* 2 x 16; .* prefill_chunk="):
+        model.generate(**prompts(tokens=10), max_new_tokens=7, do_sample=False, use_cache=False)
+    assert not tokens
+    model.generate(**prompts(tokens=10), max_new_tokens=6, do_sample=False, use_cache=False)
+    assert max(tokens) == 15
+    with pytest.raises(ValueError, match="Cannot use prefill chunking without a cache"):
+        model.generate(**prompts(tokens=10), max_new_tokens=6, use_cache=False, prefill_chunk_size=4)
+    with pytest.raises(ValueError, match="2 sequence"):
+        model.generate(**prompts(tokens=17), max_new_tokens=1, use_cache=False)
+    # With a cache it runs in pieces, and whoever insists on one piece gets it.
+    model.generate(**prompts(tokens=17), max_new_tokens=1)
+    assert max(tokens) == 16
+    model.generate(**prompts(tokens=17), max_new_tokens=1, use_cache=False, prefill_chunk_size=None)
+    assert max(tokens) == 17
     model.expertflow.close()
 
 
