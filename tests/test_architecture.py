@@ -23,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "cache": {"core", "config", "trace", "store"},
     "predictor": {"core", "config", "trace"},
     "scheduler": {"core"},
-    "sim": {"core", "trace", "cache"},
+    "sim": {"core", "config", "trace", "cache", "predictor"},
     "step_time": {"core", "config"},
     "budget": {"core", "config"},
     "read_ahead": set(),
@@ -39,7 +39,12 @@ BELOW["server"] = {*BELOW}
 BELOW["cli"] = {*BELOW}
 
 # Decisions: the simulator runs these very files with a virtual clock.
-DECIDE = ("core.py", "cache/slots.py", "cache/policies.py", "cache/plan.py")
+DECIDE = (
+    "core.py",
+    "cache/slots.py",
+    "cache/plan.py",
+    *sorted(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "cache" / "policies").glob("*.py")),
+)
 EXECUTION = {
     "asyncio", "concurrent", "io", "logging", "mmap", "multiprocessing", "os", "pathlib", "queue", "random",
     "select", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "time", "transformers",

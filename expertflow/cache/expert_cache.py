@@ -58,7 +58,7 @@ class ExpertCache:
         num_slots = min(num_slots, max(2, shape.num_experts))
         self.store = store
         self.shape = shape
-        self.overlap = overlap
+        self.overlap = overlap and not POLICIES[policy].blocking
         self.table = SlotTable(num_slots)
         self.plan = CachePlan(self.table, POLICIES[policy](shape, num_slots))
         self.memory = SlotMemory(store, num_slots, dtype)

@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from expertflow.cache.policies import Policy
+from expertflow.cache.policies.base import Forecast, Policy
 from expertflow.cache.slots import SlotTable
 from expertflow.core import ExpertId
 
@@ -64,6 +64,11 @@ class _Except(Container[ExpertId]):
         return expert in self.offered and expert not in self.kept
 
 
+# Loads under way up to which a policy that looks ahead is asked for one more: one that is read, and one that the
+# link goes on with. A prefetch decided earlier than that would push somebody out before anything is gained.
+_MOST_UNDER_WAY = 2
+
+
 class _Stage(Enum):
     """How far a prefetch got that no layer has asked for."""
 
@@ -86,6 +91,7 @@ class CachePlan:
         self._hints: dict[ExpertId, None] = {}  # predicted, no slot found yet; soonest first
         self._expected: set[ExpertId] = set()  # predicted, and their layer has not opened since
         self._prefetching: dict[ExpertId, _Stage] = {}  # given to the loader, not there yet; latest last
+        self._under_way: set[ExpertId] = set()  # every load that has not ended, demands too
 
     @property
     def content(self) -> bool:
@@ -94,8 +100,18 @@ class CachePlan:
 
     @property
     def quiet(self) -> bool:
-        """Content, and no prefetch under way: a layer that finds all it needs asks for no action."""
-        return not self._demands and not self._hints and not self._prefetching
+        """Content, no prefetch under way, none to come: a layer that finds all it needs asks for no action."""
+        return not self._demands and not self._hints and not self._prefetching and not self.policy.looks_ahead
+
+    def begin_pass(self, forecast: Forecast | None) -> list[Action]:
+        """A pass over all layers begins, of which this is expected; None when nobody predicts."""
+        self.policy.begin_pass(forecast)
+        return self._assign()
+
+    def refine(self, layer: int, p_E: Sequence[float]) -> list[Action]:
+        """Something better is known of one layer of this pass; too late once it has opened."""
+        self.policy.refine(layer, p_E)
+        return self._assign()
 
     def prefetch(self, experts: Iterable[ExpertId]) -> list[Action]:
         """Take note of experts that will be needed, soonest first, and load what fits now.
@@ -120,6 +136,7 @@ class CachePlan:
         assert not self._demands, f"layer {layer} opens while another waits for {list(self._demands)}"
         unwanted = [expert for expert in self._prefetching if expert.layer == layer and expert not in wanted]
         actions = [self._cancel(e) for e in unwanted if self._prefetching[e] is _Stage.QUEUED]
+        self.policy.layer_opened(layer, needed)
         self._hints = {expert: None for expert in self._hints if expert.layer != layer}
         self._expected = {expert for expert in self._expected if expert.layer != layer}
         ready, in_flight, missing = [], [], []
@@ -135,18 +152,21 @@ class CachePlan:
                 in_flight.append(expert)
                 if self._prefetching.pop(expert, None) is not None:
                     actions.append(Promote(expert))
+        missing = self.policy.order_demands(missing)
         self._demands.extend(missing)
         actions += self._assign()
         return Opened(tuple(ready), tuple(in_flight), tuple(missing), tuple(actions))
 
     def load_finished(self, expert: ExpertId) -> list[Action]:
         self._prefetching.pop(expert, None)
+        self._under_way.discard(expert)
         self.table.finish_load(expert)
         return self._assign()
 
     def load_abandoned(self, expert: ExpertId) -> list[Action]:
         """The load was cancelled or failed. If it was pinned, whoever waits for it must give up first."""
         self._prefetching.pop(expert, None)
+        self._under_way.discard(expert)
         self.table.abandon_load(expert)
         self.policy.evicted(expert)
         return self._assign()
@@ -191,6 +211,25 @@ class CachePlan:
                 self._prefetching[expert] = _Stage.QUEUED
                 actions.append(load)
             del self._hints[expert]
+        if self.policy.looks_ahead:
+            actions += self._look_ahead()
+        return actions
+
+    def _look_ahead(self) -> list[Action]:
+        """Keep the link supplied with what the policy expects to be needed."""
+        actions: list[Action] = []
+        while len(self._under_way) < _MOST_UNDER_WAY:
+            expert = self.policy.next_prefetch(self.table.residents)
+            if expert is None:
+                break
+            offered: Container[ExpertId] = self.table.evictable
+            if self._expected:
+                offered = _Except(offered, self._expected)
+            load = self._find_room(expert, offered, urgent=False, own_idea=True)
+            if load is None:
+                break
+            self._prefetching[expert] = _Stage.QUEUED
+            actions.append(load)
         return actions
 
     def _cancel_for_demands(self) -> list[Action]:
@@ -202,15 +241,19 @@ class CachePlan:
         self._prefetching[expert] = _Stage.CANCELLING
         return Cancel(expert)
 
-    def _find_room(self, expert: ExpertId, offered: Container[ExpertId], urgent: bool) -> Load | None:
+    def _find_room(
+        self, expert: ExpertId, offered: Container[ExpertId], urgent: bool, own_idea: bool = False
+    ) -> Load | None:
         slot = self.table.take_free()
         victim = None
         if slot is None:
-            victim = self.policy.choose_victim(offered, expert)
+            choose = self.policy.choose_prefetch_victim if own_idea else self.policy.choose_victim
+            victim = choose(offered, expert)
             if victim is None:
                 return None
             slot = self.table.evict(victim)
             self.policy.evicted(victim)
         self.table.begin_load(expert, slot)
+        self._under_way.add(expert)
         self.policy.loaded(expert)
         return Load(expert, slot, victim, urgent)

@@ -460,7 +460,7 @@ def test_wait_idle_ends_when_the_cache_is_closed_with_loads_queued(new_cache):
 
 def test_unknown_names_are_refused_before_anything_changes(new_cache):
     cache = new_cache(3)
-    with pytest.raises(ValueError, match="unknown cache policy 'lifo'; known: lru"):
+    with pytest.raises(ValueError, match=r"unknown cache policy 'lifo'; known: .*lru"):
         ExpertCache(FakeStore(SHAPE), SHAPE, 3, policy="lifo")
     with pytest.raises(ValueError, match=r"num_slots=1 .* use 2 or more"):
         ExpertCache(FakeStore(SHAPE), SHAPE, 1)

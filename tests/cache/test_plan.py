@@ -7,16 +7,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from expertflow.cache.plan import Action, CachePlan, Cancel, Load, Promote
-from expertflow.cache.policies import POLICIES
+from expertflow.cache.policies import POLICIES, SIMULATED, Forecast
 from expertflow.cache.slots import SlotTable
 from expertflow.core import ExpertId, MoEShape
 
+ALL = {**POLICIES, **SIMULATED}
 SHAPE = MoEShape((4, 4, 4))
 EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(4)]
 
 
 def new_plan(num_slots: int, policy: str = "lru") -> CachePlan:
-    return CachePlan(SlotTable(num_slots), POLICIES[policy](SHAPE, num_slots))
+    return CachePlan(SlotTable(num_slots), ALL[policy](SHAPE, num_slots))
 
 
 class PlanMachine(RuleBasedStateMachine):
@@ -26,7 +27,7 @@ class PlanMachine(RuleBasedStateMachine):
     waiting: experts of the open layer not handed out yet. None: no layer is open.
     """
 
-    @initialize(num_slots=st.integers(2, 7), policy=st.sampled_from(sorted(POLICIES)))
+    @initialize(num_slots=st.integers(2, 7), policy=st.sampled_from(sorted(ALL)))
     def start(self, num_slots: int, policy: str) -> None:
         self.plan = new_plan(num_slots, policy)
         self.slots: dict[int, ExpertId] = {}
@@ -68,7 +69,8 @@ class PlanMachine(RuleBasedStateMachine):
             assert load.expert in self.waiting, "a demand load that no open layer needs"
             self.urgent[load.expert] = False
         else:
-            assert load.expert in self.expected, "a prefetch of an expert whose layer has opened since"
+            own_idea = self.plan.policy.looks_ahead
+            assert own_idea or load.expert in self.expected, "a prefetch of an expert whose layer has opened"
             self.prefetches[load.expert] = False
 
     def drop(self, expert: ExpertId) -> None:
@@ -81,6 +83,17 @@ class PlanMachine(RuleBasedStateMachine):
     def hint(self, experts: list[ExpertId]) -> None:
         self.expected.update(experts)
         self.execute(self.plan.prefetch(experts))
+
+    @precondition(lambda self: self.layer is None)
+    @rule(p=st.lists(st.sampled_from([0.05, 0.4, 0.6, 0.95]), min_size=12, max_size=12), far=st.booleans())
+    def begin_pass(self, p: list[float], far: bool) -> None:
+        p_LE = [p[:4], p[4:8], p[8:]]
+        later_LE = [[1 + 9 * one for one in p_E] for p_E in p_LE]
+        self.execute(self.plan.begin_pass(Forecast(p_LE, later_LE if far else None)))
+
+    @rule(layer=st.integers(0, 2), p=st.lists(st.sampled_from([0.1, 0.8]), min_size=4, max_size=4))
+    def refine(self, layer: int, p: list[float]) -> None:
+        self.execute(self.plan.refine(layer, p))
 
     @precondition(lambda self: self.layer is None)
     @rule(layer=st.integers(0, 2), experts=st.sets(st.integers(0, 3), min_size=1))

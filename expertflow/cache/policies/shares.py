@@ -1,55 +1,23 @@
-"""Policies: which expert to evict. Pure decisions: no tensor, thread, file or clock.
+"""Policies that give every layer an equal share of the slots and evict within it: LRU and LFU.
 
-A new policy costs two edits: its class and its line in POLICIES; the conformance suite finds it.
+No prediction; Cache-MoE (Eliseev and Mazur 2023; paper 4.2.1) is the first with blocking loads.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 
+from expertflow.cache.policies.base import Policy
 from expertflow.core import ExpertId, MoEShape
 
 
-class Policy(ABC):
-    """What the cache tells a policy, and the one question it asks.
-
-    The cache calls `loaded` when an expert gets a slot, `used` when a layer that needs it opens, and
-    `evicted` when it loses the slot.
-    """
-
-    def __init__(self, shape: MoEShape, num_slots: int):
-        self.shape = shape
-        self.num_slots = num_slots
-
-    @abstractmethod
-    def loaded(self, expert: ExpertId) -> None: ...
-
-    @abstractmethod
-    def used(self, expert: ExpertId) -> None: ...
-
-    @abstractmethod
-    def evicted(self, expert: ExpertId) -> None: ...
-
-    @abstractmethod
-    def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
-        """An expert of `offered` to make room for `wanted`, or None when nothing known is offered.
-
-        Does not change the policy: the cache calls `evicted` when it follows the advice.
-        """
-
-    def prefers_waiting(self, offered: Container[ExpertId], wanted: ExpertId) -> bool:
-        """Whether the open layer should rather wait until it is done with an expert of its own than have
-        another layer's evicted for `wanted`. True only if the layer holds experts that will come free."""
-        return False
-
-
-class LayerLRU(Policy):
-    """Least recently used within each layer's share of the slots (Cache-MoE's rule, paper 4.2.1).
+class LayerShares(Policy):
+    """Evicts within each layer's share of the slots.
 
     Shares are equal; slots that a layer does not fill yet are lent to others and taken back first.
-    A single LRU order over all layers would be worse than none: layers run in a cycle, so whatever is
+    One order over all layers would be worse than none: layers run in a cycle, so whatever is
     least recently used is what runs soonest, and with fewer slots than one cycle needs it never hits.
     """
 
@@ -58,7 +26,12 @@ class LayerLRU(Policy):
         num_layers = shape.num_layers
         bounds = [layer * num_slots // num_layers for layer in range(num_layers + 1)]
         self.share = [bounds[layer + 1] - bounds[layer] for layer in range(num_layers)]
+        # Least recently used first.
         self._order: list[OrderedDict[ExpertId, None]] = [OrderedDict() for _ in range(num_layers)]
+
+    @abstractmethod
+    def first_to_go(self, layer: int) -> Iterable[ExpertId]:
+        """The residents of one layer, whom to evict first in front."""
 
     def loaded(self, expert: ExpertId) -> None:
         self._order[expert.layer][expert] = None
@@ -71,7 +44,7 @@ class LayerLRU(Policy):
 
     def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
         for layer in self._layers_to_shrink(wanted.layer):
-            for expert in self._order[layer]:
+            for expert in self.first_to_go(layer):
                 if expert in offered:
                     return expert
         return None
@@ -101,4 +74,40 @@ class LayerLRU(Policy):
             yield wanted_layer
 
 
-POLICIES: dict[str, type[Policy]] = {"lru": LayerLRU}
+class LayerLRU(LayerShares):
+    """Least recently used within each layer's share."""
+
+    def first_to_go(self, layer: int) -> Iterable[ExpertId]:
+        return self._order[layer]
+
+
+class LayerLFU(LayerShares):
+    """Least frequently used since it was loaded, within each layer's share; among equals the least recent.
+
+    What was evicted is forgotten: the textbook's LFU, as in libCacheSim.
+    """
+
+    def __init__(self, shape: MoEShape, num_slots: int):
+        super().__init__(shape, num_slots)
+        self._uses: dict[ExpertId, int] = {}
+
+    def loaded(self, expert: ExpertId) -> None:
+        super().loaded(expert)
+        self._uses[expert] = 0
+
+    def used(self, expert: ExpertId) -> None:
+        super().used(expert)
+        self._uses[expert] += 1
+
+    def evicted(self, expert: ExpertId) -> None:
+        super().evicted(expert)
+        del self._uses[expert]
+
+    def first_to_go(self, layer: int) -> Iterable[ExpertId]:
+        return sorted(self._order[layer], key=self._uses.__getitem__)  # stable: the least recent first
+
+
+class CacheMoE(LayerLRU):
+    """Cache-MoE as published: LRU in fixed shares, and arithmetic waits for all loads of its layer."""
+
+    blocking = True

@@ -1,0 +1,198 @@
+"""PLEC, predictive locality-aware expert caching (paper 3.4.1): as the paper tells it, and as we generalise it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Sequence
+from math import ceil
+
+from expertflow.cache.policies.base import Forecast, Policy
+from expertflow.core import ExpertId, MoEShape
+
+_LIKELY = 0.5  # predicted at all, in the paper's sense
+
+
+class PaperPLEC(Policy):
+    """Slots are divided over the layers by predicted demand and freed layer by layer (the paper's Fig. 5).
+
+    Before a pass: each layer's part of the slots goes to its most probable experts. While it runs, what layers
+    that are done leave free goes to the other predicted experts, soonest first.
+    """
+
+    looks_ahead = True
+
+    def __init__(self, shape: MoEShape, num_slots: int):
+        super().__init__(shape, num_slots)
+        self._residents: dict[ExpertId, None] = {}  # least recently used first
+        self._layer = -1  # the one that opened last in this pass
+        self._p: dict[ExpertId, float] = {}  # of those predicted, while their layer has not opened
+        self._order: list[ExpertId] = []  # whom to fetch, soonest first
+
+    def loaded(self, expert: ExpertId) -> None:
+        self._residents[expert] = None
+
+    def used(self, expert: ExpertId) -> None:
+        del self._residents[expert]
+        self._residents[expert] = None
+
+    def evicted(self, expert: ExpertId) -> None:
+        del self._residents[expert]
+
+    def begin_pass(self, forecast: Forecast | None) -> None:
+        self._layer, self._p = -1, {}
+        for layer, p_E in enumerate(forecast.p_LE if forecast is not None else ()):
+            self._p.update({ExpertId(layer, e): p for e, p in enumerate(p_E) if p >= _LIKELY})
+        self._plan()
+
+    def refine(self, layer: int, p_E: Sequence[float]) -> None:
+        self._p = {expert: p for expert, p in self._p.items() if expert.layer != layer}
+        self._p.update({ExpertId(layer, e): p for e, p in enumerate(p_E) if p >= _LIKELY})
+        self._plan()
+
+    def layer_opened(self, layer: int, needed: Sequence[ExpertId]) -> None:
+        self._layer = layer
+        self._p = {expert: p for expert, p in self._p.items() if expert.layer > layer}
+        self._order = [expert for expert in self._order if expert.layer > layer]
+
+    def _plan(self) -> None:
+        ranked = sorted(self._p, key=lambda expert: (expert.layer, -self._p[expert], expert))
+        first: list[ExpertId] = []
+        for layer in range(self.shape.num_layers):
+            own = [expert for expert in ranked if expert.layer == layer]
+            # Rounded up, as in the figure: 3 + 2 predicted for 4 slots become 3 + 1.
+            part = ceil(self.num_slots * len(own) / max(1, len(ranked)))
+            first += own[: min(part, self.num_slots - len(first))]
+        self._order = first + [expert for expert in ranked if expert not in set(first)]
+
+    def next_prefetch(self, residents: Collection[ExpertId]) -> ExpertId | None:
+        return next((expert for expert in self._order if expert not in residents), None)
+
+    def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
+        return min((e for e in self._residents if e in offered), key=self._keep, default=None)
+
+    def choose_prefetch_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
+        victim = self.choose_victim(offered, wanted)
+        return None if victim in self._p else victim
+
+    def _keep(self, expert: ExpertId) -> tuple[float, float, float]:
+        """The smallest goes first: layers that ran, the last one first; then the unpredicted; then the latest."""
+        if expert.layer <= self._layer:
+            return 0, -expert.layer, 0
+        if expert not in self._p:
+            return 1, -expert.layer, 0
+        return 2, -expert.layer, self._p[expert]
+
+
+class NextUse(Policy):
+    """Act as Belady would on what is expected: PLEC with one pool of slots for all layers.
+
+    The position of an expert's next use is expected from the forecast of this pass and, beyond it, of later
+    passes; without one, from how often it was used lately. Whoever is needed farthest goes. Prefetches come in
+    order of execution, then probability, into the next pass's first layers too, as long as the expected use comes
+    sooner than the victim's.
+    """
+
+    looks_ahead = True
+    keep_rate = 0.98  # by pass, of the running frequency of use
+    least_likely = 0.3  # below it a guess is not worth its bytes
+
+    def __init__(self, shape: MoEShape, num_slots: int):
+        super().__init__(shape, num_slots)
+        layers = range(shape.num_layers)
+        self._layer = -1  # the one that opened last in this pass
+        self._residents: list[set[ExpertId]] = [set() for _ in layers]
+        self._rate = [[0.2] * experts for experts in shape.experts_per_layer]
+        self._when: list[list[float]] = [
+            [] for _ in layers
+        ]  # position of the next use, from this pass's start
+        self._p: list[Sequence[float]] = [[] for _ in layers]
+        self._later: Sequence[Sequence[float]] | None = None
+        self._farthest: list[list[ExpertId] | None] = [None for _ in layers]  # residents, whom to evict first
+        self._wishes: list[list[ExpertId] | None] = [None for _ in layers]
+        for layer in layers:
+            self._expect(layer)
+
+    def loaded(self, expert: ExpertId) -> None:
+        self._residents[expert.layer].add(expert)
+        self._farthest[expert.layer] = None
+
+    def used(self, expert: ExpertId) -> None:
+        return None
+
+    def evicted(self, expert: ExpertId) -> None:
+        self._residents[expert.layer].remove(expert)
+        self._farthest[expert.layer] = None
+
+    def begin_pass(self, forecast: Forecast | None) -> None:
+        self._layer = -1
+        self._later = forecast.later_LE if forecast is not None else None
+        for layer in range(self.shape.num_layers):
+            self._p[layer] = forecast.p_LE[layer] if forecast is not None else []
+            self._expect(layer)
+
+    def refine(self, layer: int, p_E: Sequence[float]) -> None:
+        self._p[layer] = p_E
+        self._expect(layer)
+
+    def layer_opened(self, layer: int, needed: Sequence[ExpertId]) -> None:
+        if layer <= self._layer:  # nobody said that a pass began
+            self.begin_pass(None)
+        self._layer = layer
+        keep = self.keep_rate
+        rate_E = [keep * rate for rate in self._rate[layer]]
+        for expert in needed:
+            rate_E[expert.expert] += 1 - keep
+        self._rate[layer] = rate_E
+        self._expect(layer)
+
+    def _expect(self, layer: int) -> None:
+        """Say anew when each expert of this layer is needed next."""
+        num_layers = self.shape.num_layers
+        rate_E, p_E = self._rate[layer], self._p[layer]
+        later_E = self._later[layer] if self._later is not None else [1 / max(rate, 0.01) for rate in rate_E]
+        if layer <= self._layer:
+            self._when[layer] = [layer + num_layers * later for later in later_E]
+        else:
+            self._when[layer] = [
+                layer + num_layers * (1 - p) * later for p, later in zip(p_E or rate_E, later_E, strict=True)
+            ]
+        self._farthest[layer] = self._wishes[layer] = None
+
+    def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
+        victim, farthest = None, -1.0
+        for layer, when_E in enumerate(self._when):
+            order = self._farthest[layer]
+            if order is None:
+                order = sorted(self._residents[layer], key=lambda e: (-when_E[e.expert], e.expert))
+                self._farthest[layer] = order
+            for expert in order:
+                if when_E[expert.expert] <= farthest:
+                    break
+                if expert in offered:
+                    victim, farthest = expert, when_E[expert.expert]
+                    break
+        return victim
+
+    def next_prefetch(self, residents: Collection[ExpertId]) -> ExpertId | None:
+        for layer in range(self._layer + 1, self.shape.num_layers):
+            for expert in self._wishes_of(layer):
+                if expert not in residents:
+                    return expert
+        return None
+
+    def _wishes_of(self, layer: int) -> list[ExpertId]:
+        wishes = self._wishes[layer]
+        if wishes is None:
+            p_E = self._p[layer]
+            likely = [e for e, p in enumerate(p_E) if p >= self.least_likely]
+            wishes = [ExpertId(layer, e) for e in sorted(likely, key=lambda e: (-p_E[e], e))]
+            self._wishes[layer] = wishes
+        return wishes
+
+    def choose_prefetch_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
+        victim = self.choose_victim(offered, wanted)
+        if (
+            victim is None
+            or self._when[victim.layer][victim.expert] <= self._when[wanted.layer][wanted.expert]
+        ):
+            return None
+        return victim
