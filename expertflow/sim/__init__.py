@@ -1,0 +1,1 @@
+"""The simulator: the engine's own slots, policies and plan, with a virtual clock."""

@@ -1,0 +1,131 @@
+"""What a machine and a model cost: seconds per load and per product, from plain numbers.
+
+The figures of the profiles are assumptions from data sheets, except where one is measured and given as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+CHUNK_BYTES = 4 << 20  # a load is cut into pieces of this size; a demand waits for one at most
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A link from slow to fast memory beside one unit that computes."""
+
+    name: str
+    link_bytes_per_s: float
+    memory_bytes_per_s: float  # weights are read from fast memory once per product
+    call_seconds: (
+        float  # of each expert, and of what runs between two MoE layers, besides reading the weights
+    )
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name != "name" and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+                raise ValueError(f"hardware {self.name!r}: {entry.name}={value!r} must be a number above 0")
+
+
+PROFILES: dict[str, Hardware] = {
+    profile.name: profile
+    for profile in (
+        Hardware("a40", 25e9, 696e9, 1e-4),  # the paper's; PCIe 4.0 x16 with pinned memory
+        Hardware("rtx4090", 25e9, 1008e9, 1e-4),
+        Hardware("h100", 55e9, 3350e9, 1e-4),  # PCIe 5.0 x16
+    )
+}
+
+
+def hardware(name: str) -> Hardware:
+    """A profile by name, or from a JSON file with Hardware's fields. Raises ValueError for anything else."""
+    if name in PROFILES:
+        return PROFILES[name]
+    if not name.endswith(".json"):
+        raise ValueError(
+            f"unknown hardware {name!r}; known: {', '.join(PROFILES)}, or a JSON file with link_bytes_per_s, "
+            f"memory_bytes_per_s and call_seconds"
+        )
+    path = Path(name)
+    try:
+        said: Any = json.loads(path.read_text())
+        return Hardware(**{"name": path.stem, **said})
+    except (TypeError, json.JSONDecodeError) as error:
+        example = {k: v for k, v in asdict(PROFILES["a40"]).items() if k != "name"}
+        raise ValueError(f"{path} is no hardware profile ({error}); write {json.dumps(example)}") from None
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A published model. dense_bytes: weights read between two of its MoE layers in decode (attention, shared
+    experts, dense layers between); the head and the embedding are left out."""
+
+    name: str
+    experts: int
+    top_k: int
+    expert_bytes: int
+    dense_bytes: int
+
+
+_SWITCH_EXPERT = 2 * 768 * 3072 * 4  # published in float32
+_SWITCH_DENSE = (
+    2 * 8 * 768 * 768 + 2 * 768 * 3072
+) * 4  # two layers' self- and cross-attention, one dense FFN
+_FINE_EXPERT = 3 * 2048 * 1408 * 2
+MODELS: dict[str, ModelSize] = {
+    model.name: model
+    for model in (
+        *(
+            ModelSize(f"switch-base-{experts}", experts, 1, _SWITCH_EXPERT, _SWITCH_DENSE)
+            for experts in (32, 64, 128)
+        ),
+        ModelSize("mixtral-8x7b", 8, 2, 3 * 4096 * 14336 * 2, (2 * 4096 * 4096 + 2 * 4096 * 1024) * 2),
+        ModelSize("qwen1.5-moe-a2.7b", 60, 4, _FINE_EXPERT, (4 * 2048 * 2048 + 3 * 2048 * 5632) * 2),
+        ModelSize("deepseek-moe-16b", 64, 6, _FINE_EXPERT, (4 * 2048 * 2048) * 2 + 2 * _FINE_EXPERT),
+    )
+}
+
+
+def model_size(name: str) -> ModelSize:
+    if name not in MODELS:
+        raise ValueError(f"unknown model size {name!r}; known: {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def size_like(experts: int, top_k: int) -> ModelSize | None:
+    """The published model with so many experts, or None."""
+    return next((m for m in MODELS.values() if (m.experts, m.top_k) == (experts, top_k)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the virtual clock goes by.
+
+    expert_s: arithmetic of one expert for the batch; dense_s: what runs before each MoE layer; chunk_s: one chunk
+    on the link, of which an expert has `chunks`.
+    """
+
+    expert_s: float
+    dense_s: float
+    chunk_s: float
+    chunks: int
+
+    @property
+    def load_s(self) -> float:
+        return self.chunk_s * self.chunks
+
+
+def costs(machine: Hardware, expert_bytes: int, dense_bytes: int) -> Costs:
+    """Decode batches are small: an expert's product takes as long as reading its weights."""
+    chunks = ceil(expert_bytes / CHUNK_BYTES)
+    return Costs(
+        expert_s=machine.call_seconds + expert_bytes / machine.memory_bytes_per_s,
+        dense_s=machine.call_seconds + dense_bytes / machine.memory_bytes_per_s if dense_bytes else 0.0,
+        chunk_s=expert_bytes / machine.link_bytes_per_s / chunks,
+        chunks=chunks,
+    )

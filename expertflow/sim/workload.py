@@ -1,0 +1,216 @@
+"""From recorded sequences to decode steps of batches, each with what a predictor said before it.
+
+Sequences of similar answer length decode side by side, as many as the batch has; prompts run before and are not
+simulated (a prompt needs nearly every expert). Of an encoder-decoder model it is the decoder that decodes.
+Everything is causal: a predictor that learns while serving has learnt from earlier steps alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertflow.cache.policies import Forecast
+from expertflow.core import MoEShape
+from expertflow.predictor import replay
+from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.combine import Combination
+from expertflow.predictor.model import RoutingPathPredictor
+from expertflow.predictor.next_use import HORIZONS
+from expertflow.predictor.online_table import OnlineTokenTable
+from expertflow.predictor.pass_forecast import PassForecast
+from expertflow.predictor.protocol import PathContext, PathPredictor
+from expertflow.predictor.replay import Group, Said
+from expertflow.sim.clock import Pass
+from expertflow.trace import TracedSequence, TraceMeta
+
+PREDICTIONS = ("none", "online", "oracle", "noise")  # and a folder with a trained predictor
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Decode steps of one model, and what they were made from."""
+
+    shape: MoEShape
+    passes: list[Pass]
+    batch: int
+    rows: int  # tokens decoded in all
+    prediction: str
+
+    @property
+    def mean_rows(self) -> float:
+        return self.rows / len(self.passes)
+
+
+def shape_of(meta: TraceMeta) -> MoEShape:
+    """The layers that decode."""
+    return MoEShape(meta.experts_per_layer[meta.source_layers :])
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What a predictor said of every decoded token of these sequences; the same for every batch size.
+
+    Predicted in groups of 64 that decode side by side: the online table has learnt from the steps before, of
+    all 64. p_TLE and absent_TCLE (not used within each of HORIZONS) of each sequence, or None.
+    """
+
+    meta: TraceMeta
+    prediction: str
+    sequences: list[TracedSequence]
+    p_TLE: list[Tensor] | None
+    absent_TCLE: list[Tensor] | None
+
+    @property
+    def top_k(self) -> int:
+        return self.meta.top_k
+
+
+def foretell(
+    meta: TraceMeta,
+    sequences: Sequence[TracedSequence],
+    prediction: str = "none",
+    trained: RoutingPathPredictor | None = None,
+    warm: Sequence[TracedSequence] = (),
+    seed: int = 0,
+) -> Foretold:
+    """Ask a predictor once about all sequences that decode.
+
+    prediction: one of PREDICTIONS, or the name of `trained`. warm: sequences that the online table has served
+    before. Raises ValueError where nothing decodes.
+    """
+    shape = shape_of(meta)
+    if not shape.num_layers:
+        raise ValueError(f"{meta.model} has no MoE layers in its decoder; nothing to simulate in decode")
+    if trained is None and prediction not in PREDICTIONS:
+        raise ValueError(f"unknown predictor {prediction!r}; known: {', '.join(PREDICTIONS)}, or a folder")
+    decoding = [s for s in sequences if len(s.target_ids_T) > s.num_prefill]
+    if not decoding:
+        raise ValueError("none of these sequences has a decode step; record answers of two tokens and more")
+    random.Random(seed).shuffle(decoding)  # runs of one prompt follow each other in a recording
+    if prediction in ("none", "oracle"):
+        return Foretold(meta, prediction, decoding, None, None)
+    num_layers, num_experts = shape.num_layers, max(shape.experts_per_layer)
+    table = OnlineTokenTable(num_layers, num_experts, meta.top_k)
+    replay.serve(table, [replay.pad(part) for part in _parts(warm)], num_experts)
+    predictor: PathPredictor = table
+    said = Said(torch.zeros(0))
+    if trained is not None:
+        predictor = Combination([said, table], num_layers, num_experts)
+    has_head = trained is not None and trained.next_use_head is not None
+    ordered: list[TracedSequence] = []
+    p_TLE: list[Tensor] = []
+    absent_TCLE: list[Tensor] = []
+    for part in _parts(decoding):
+        group = replay.pad(part)
+        if trained is not None:
+            said.p_BTLE = replay.all_at_once(trained, group)
+        p_TLE += _decoded(group, replay.stepped(predictor, group, num_experts, [said] if trained else []))
+        if has_head and trained is not None:
+            within_BTLN = replay.all_at_once(_Within(trained), group)
+            absent_BTCLE = (1 - within_BTLN).unflatten(-1, (len(HORIZONS), -1)).transpose(2, 3).half()
+            absent_TCLE += _decoded(group, absent_BTCLE)
+        ordered += group.sequences
+    return Foretold(meta, prediction, ordered, p_TLE, absent_TCLE if has_head else None)
+
+
+def _parts(sequences: Sequence[TracedSequence]) -> Iterator[Sequence[TracedSequence]]:
+    for first in range(0, len(sequences), replay.GROUP):
+        yield sequences[first : first + replay.GROUP]
+
+
+def _decoded(group: Group, values_BT: Tensor) -> list[Tensor]:
+    """The decode steps of each row."""
+    return [values_BT[row, group.prefill :][group.mask_BT[row, group.prefill :]] for row in range(len(group))]
+
+
+def make_workload(foretold: Foretold, batch: int, max_steps: int | None = None, seed: int = 0) -> Workload:
+    """Decode steps in batches of sequences whose answers are about as long.
+
+    Raises ValueError for a batch that is no size, or larger than the recording.
+    """
+    meta, sequences = foretold.meta, foretold.sequences
+    if not 1 <= batch <= len(sequences):
+        raise ValueError(
+            f"batch={batch}: give 1 to {len(sequences)}, the number of recorded sequences that decode"
+        )
+    shape = shape_of(meta)
+    experts = max(shape.experts_per_layer)
+    steps = [len(s.target_ids_T) - s.num_prefill for s in sequences]
+    order = sorted(range(len(sequences)), key=lambda n: -steps[n])
+    full = len(order) // batch * batch  # the remainder would be a smaller batch
+    groups = [order[first : first + batch] for first in range(0, full, batch)]
+    random.Random(seed).shuffle(groups)
+    expected = PassForecast(
+        shape.num_layers, experts, meta.top_k, foretold.p_TLE is not None, foretold.absent_TCLE is not None
+    )
+    draw = torch.Generator().manual_seed(seed)
+    passes: list[Pass] = []
+    rows = 0
+    for members in groups:
+        routes = [sequences[n].target_routes_TLK[sequences[n].num_prefill :] for n in members]
+        for t in range(steps[members[0]]):
+            alive = [n for n, routes_TLK in zip(members, routes, strict=True) if t < len(routes_TLK)]
+            routes_BLK = torch.stack(
+                [torch.from_numpy(routes[b][t].astype("int64")) for b in range(len(alive))]
+            )
+            used_LE = multi_hot(routes_BLK, experts).any(0)
+            forecast = _forecast(foretold, expected, alive, t, used_LE, draw)
+            passes.append(Pass([row.nonzero().flatten().tolist() for row in used_LE], forecast))
+            rows += len(alive)
+            if max_steps is not None and len(passes) >= max_steps:
+                return Workload(shape, passes, batch, rows, foretold.prediction)
+        expected.end_of_text()
+    return Workload(shape, passes, batch, rows, foretold.prediction)
+
+
+def _forecast(
+    foretold: Foretold,
+    expected: PassForecast,
+    alive: list[int],
+    t: int,
+    used_LE: Tensor,
+    draw: torch.Generator,
+) -> Forecast | None:
+    """What is expected of one step of these sequences; then learns from what it used."""
+    if foretold.prediction == "none":
+        return None
+    p_LE = later_CLE = None
+    if foretold.p_TLE is not None:
+        p_LE = 1 - (1 - torch.stack([foretold.p_TLE[n][t] for n in alive]).float()).prod(0)
+    if foretold.absent_TCLE is not None:
+        later_CLE = torch.stack([foretold.absent_TCLE[n][t] for n in alive]).float().prod(0)
+    if foretold.prediction == "noise" and p_LE is not None:
+        # The same probabilities, given to other experts of the layer.
+        p_LE = p_LE.gather(1, torch.rand(p_LE.shape, generator=draw).argsort(1))
+    now_LE, later_LE = expected.forecast(p_LE, later_CLE)
+    expected.observe(used_LE)
+    if foretold.prediction == "oracle":
+        now_LE = used_LE.float()
+    return Forecast(now_LE.tolist(), later_LE.tolist())
+
+
+class _Within:
+    """A trained predictor's next-use head, asked as if it predicted routes: p of use within each horizon."""
+
+    def __init__(self, trained: RoutingPathPredictor):
+        self.trained = trained
+
+    @torch.inference_mode()
+    def predict(self, context: PathContext) -> Tensor:
+        """within_BSL(CE)."""
+        trained = self.trained
+        mask_BT = context.target_mask_BT
+        if mask_BT is None:
+            mask_BT = torch.ones_like(context.target_BT, dtype=torch.bool)
+        logits = trained(
+            context.target_BT, mask_BT, context.source_BS, context.source_mask_BS, context.num_prefill_B
+        )
+        states_BSD = logits.target_states_BTD[:, context.target_BT.shape[1] - context.num_new :]
+        # A longer horizon includes a shorter.
+        within_BSCLE = trained.next_use_logits(states_BSD).sigmoid().cummax(2).values
+        return within_BSCLE.transpose(2, 3).flatten(3)

@@ -1,0 +1,152 @@
+"""The virtual clock, against sums done by hand and against the plan."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from expertflow.cache.plan import Action, CachePlan
+from expertflow.cache.policies import POLICIES, SIMULATED, Forecast
+from expertflow.cache.policies.belady import Belady
+from expertflow.cache.slots import SlotTable
+from expertflow.core import MoEShape
+from expertflow.sim.clock import Outcome, Pass, Simulation
+from expertflow.sim.hardware import Costs
+
+ALL = {**POLICIES, **SIMULATED}
+COSTS = Costs(expert_s=2.0, dense_s=0.0, chunk_s=1.0, chunks=4)
+
+
+def simulate(name: str, shape: MoEShape, num_slots: int, passes: list[Pass], costs: Costs = COSTS) -> Outcome:
+    return Simulation(ALL[name](shape, num_slots), costs).run(passes)
+
+
+def surely(*experts_L: list[int], num_experts: int = 4) -> Forecast:
+    p_LE = [[1.0 if e in experts else 0.0 for e in range(num_experts)] for experts in experts_L]
+    return Forecast(p_LE, [[30.0] * num_experts for _ in experts_L])
+
+
+def test_on_demand_by_hand():
+    """Two experts are loaded in 4 s each; the first is computed (2 s) while the second arrives."""
+    outcome = simulate("lru", MoEShape((4,)), 4, [Pass([[0, 1]], None), Pass([[0, 1]], None)])
+    assert (outcome.seconds, outcome.compute_seconds, outcome.stall_seconds) == (4 + 4 + 2 + 4, 8, 6)
+    assert (outcome.uses, outcome.hits, outcome.chunks, outcome.loads) == (4, 2, 8, 2)
+    assert outcome.link_seconds == 8
+
+
+def test_ready_experts_are_computed_first():
+    passes = [Pass([[1]], None), Pass([[0, 1]], None)]
+    # Expert 1 is there and computes for 2 of the 4 s that expert 0 takes.
+    assert simulate("lru", MoEShape((4,)), 4, passes).seconds == (4 + 2) + (4 + 2)
+
+
+def test_blocking_waits_for_all_loads_of_the_layer():
+    passes = [Pass([[0, 1]], None)]
+    assert simulate("lru", MoEShape((4,)), 4, passes).seconds == 4 + 4 + 2
+    assert simulate("cache-moe", MoEShape((4,)), 4, passes).seconds == 4 + 4 + 2 + 2
+
+
+def test_a_right_prediction_hides_the_load_behind_arithmetic():
+    costs = Costs(expert_s=6.0, dense_s=0.0, chunk_s=1.0, chunks=4)
+    needed = [[0], [2]]
+    unpredicted = simulate("plec", MoEShape((4, 4)), 4, [Pass(needed, None)], costs)
+    predicted = simulate("plec", MoEShape((4, 4)), 4, [Pass(needed, surely(*needed))], costs)
+    assert unpredicted.seconds == (4 + 6) + (4 + 6)
+    assert predicted.seconds == 4 + 6 + 6
+    assert (predicted.hits, predicted.in_flight) == (1, 1), "the first was on its way when its layer opened"
+
+
+def test_a_demand_waits_for_one_chunk_of_a_prefetch_and_no_more():
+    """Expert 2 of layer 1 is foretold and on its way when layer 0 turns out to need expert 1 as well. It has
+    begun its second chunk of four: the demand comes after that chunk, at 6 s instead of 5.5 or 8."""
+    costs = Costs(expert_s=1.5, dense_s=5.5, chunk_s=1.0, chunks=4)
+    passes = [Pass([[0, 1], [2]], surely([0], [2]))]
+    outcome = simulate("plec", MoEShape((4, 4)), 4, passes, costs)
+    # 0 to 4: expert 0. 4 to 6: half of expert 2. 6 to 10: expert 1. 10 to 12: the rest of expert 2.
+    # Layer 0 opens at 5.5 and computes expert 0 until 7, expert 1 from 10 to 11.5; layer 1 opens at 17.
+    assert outcome.seconds == 11.5 + 5.5 + 1.5
+    assert outcome.stall_seconds == 3.0
+    assert outcome.hits == 2
+
+
+def test_an_unwanted_prefetch_that_has_not_begun_costs_nothing():
+    passes = [Pass([[0], [3]], surely([0], [1, 2]))]
+    outcome = simulate("plec", MoEShape((4, 4)), 8, passes, Costs(0.5, 0.0, 1.0, 4))
+    # Expert 1 of layer 1 had begun when the layer opened and goes on after the demand; expert 2 is dropped.
+    assert outcome.loads <= 3
+
+
+def random_passes(shape: MoEShape, seed: int, count: int = 30, predict: bool = True) -> list[Pass]:
+    draw = random.Random(seed)
+    passes = []
+    for _ in range(count):
+        experts_L = [sorted(draw.sample(range(n), draw.randint(1, n))) for n in shape.experts_per_layer]
+        p_LE = [
+            [min(1.0, max(0.0, (e in experts) * 0.7 + draw.random() * 0.3)) for e in range(n)]
+            for experts, n in zip(experts_L, shape.experts_per_layer, strict=True)
+        ]
+        passes.append(Pass(experts_L, Forecast(p_LE) if predict else None))
+    return passes
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+@pytest.mark.parametrize("num_slots", [2, 5, 9, 18])
+def test_every_second_is_arithmetic_or_stall_and_every_need_is_served(name, num_slots):
+    shape = MoEShape((6, 5, 7))
+    passes = random_passes(shape, num_slots)
+    simulation = Simulation(ALL[name](shape, num_slots), Costs(0.3, 0.1, 0.25, 3))
+    outcome = simulation.run(passes)
+    simulation.table.check()
+    uses = sum(len(experts) for step in passes for experts in step.experts_L)
+    assert outcome.uses == uses
+    assert outcome.compute_seconds == pytest.approx(uses * 0.3 + len(passes) * 3 * 0.1)
+    assert outcome.seconds == pytest.approx(outcome.compute_seconds + outcome.stall_seconds)
+    assert outcome.link_seconds <= outcome.seconds + 1e-6, "the link carried more than there was time for"
+    assert not simulation._pending
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_the_events_replay_through_a_plan_of_their_own(name):
+    """What tests of the threaded engine do with its events: a fresh plan, told the same, decides the same."""
+    shape = MoEShape((6, 5, 7))
+    passes = random_passes(shape, seed=5)
+    simulation = Simulation(ALL[name](shape, 9), Costs(0.3, 0.1, 0.25, 3), record_events=True)
+    simulation.run(passes)
+    policy = ALL[name](shape, 9)
+    if isinstance(policy, Belady):
+        policy.foresee([visit for step in passes for visit in enumerate(step.experts_L)])
+    plan = CachePlan(SlotTable(9), policy)
+    done: list[Action] = []
+    decided: list[Action] = []
+    assert simulation.events
+    for kind, *told in simulation.events:
+        if kind == "action":
+            done.append(told[0])
+        elif kind == "open_layer":
+            decided += plan.open_layer(*told).actions
+        else:
+            decided += getattr(plan, kind)(*told)
+    assert sorted(map(repr, done)) == sorted(map(repr, decided))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nobody_moves_fewer_bytes_than_belady_on_the_clock_too(seed):
+    shape = MoEShape((6, 5, 7))
+    passes = random_passes(shape, seed)
+    fewest = simulate("belady", shape, 7, passes).loads
+    for name in ALL:
+        if name != "se-moe-ring":
+            assert simulate(name, shape, 7, passes).loads >= fewest, name
+
+
+def test_a_noisy_prediction_changes_time_and_nothing_else():
+    shape = MoEShape((6, 5, 7))
+    silent = simulate("plec", shape, 7, random_passes(shape, 3, predict=False))
+    noisy = simulate("plec", shape, 7, random_passes(shape, 3))
+    assert (noisy.uses, noisy.passes, noisy.compute_seconds) == (
+        silent.uses,
+        silent.passes,
+        silent.compute_seconds,
+    )
+    assert noisy.chunks != silent.chunks
