@@ -193,7 +193,9 @@ class CachePlan:
         actions: list[Action] = []
         while self._demands:
             evictable = self.table.evictable
-            if self.table.is_full and self.policy.prefers_waiting(evictable, self._demands[0]):
+            if self.table.is_full and (
+                self._no_hurry() or self.policy.prefers_waiting(evictable, self._demands[0])
+            ):
                 return actions
             load = self._find_room(self._demands[0], evictable, urgent=True)
             if load is None:
@@ -214,6 +216,10 @@ class CachePlan:
         if self.policy.looks_ahead:
             actions += self._look_ahead()
         return actions
+
+    def _no_hurry(self) -> bool:
+        """The link has demands enough to go on with, and experts in use now may be better victims soon."""
+        return self.policy.binds_late and len(self._under_way) - len(self._prefetching) >= _MOST_UNDER_WAY
 
     def _look_ahead(self) -> list[Action]:
         """Keep the link supplied with what the policy expects to be needed."""

@@ -1,19 +1,20 @@
 """From what predictors say of a batch, and from what it used, to what a cache plans by.
 
 For each expert: the probability that this pass needs it, and how many passes later it is needed again. Logistic
-regressions, one for each horizon and layer, of the prediction, the next-use head and running frequencies of use;
+regressions, one for each horizon, of the prediction, the next-use head and running frequencies of use;
 all are learnt online from what comes true. So a predictor that talks nonsense loses its say to the frequencies,
 and one that is over-confident is set right, before either costs a byte.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 import torch
 from torch import Tensor
 
-from expertflow.predictor.next_use import HORIZONS, expected_passes
+from expertflow.predictor.next_use import HORIZONS
 
 _KEEP = (0.998, 0.95, 0.6)  # by pass, of the running frequencies
 _START_PASSES = 3.0  # the uniform start of a frequency counts as this many passes
@@ -22,6 +23,23 @@ _PRIOR = (
     8.0  # curvature of the prior of each weight: about that of 8 passes of 32 experts, a tenth of them used
 )
 _CLAMP = 1e-3
+# What a use is worth for each pass that it comes later: a cache forgets within a few. The mean until the next use
+# would be ruled by those hardly ever used (docs/log.md).
+_DISCOUNT = 0.7
+
+
+def worth_as_passes(absent_CLE: Tensor) -> Tensor:
+    """passes_LE after which a certain use would be worth as much as what is expected.
+
+    absent_CLE: P(no use within so many passes) at each of HORIZONS. A use n passes from now is worth _DISCOUNT ** n.
+    """
+    absent_CLE = absent_CLE.cummin(0).values  # a longer horizon includes a shorter
+    worth_LE, before_LE, begin = torch.zeros_like(absent_CLE[0]), torch.ones_like(absent_CLE[0]), 0
+    for absent_LE, horizon in zip(absent_CLE, HORIZONS, strict=True):
+        worth_LE += (before_LE - absent_LE) * _DISCOUNT ** ((begin + 1 + horizon) / 2)
+        before_LE, begin = absent_LE, horizon
+    worth_LE += before_LE * _DISCOUNT ** (1.5 * begin)
+    return worth_LE.log() / math.log(_DISCOUNT)
 
 
 class PassForecast:
@@ -41,22 +59,22 @@ class PassForecast:
             start_CF[0, :num_rates], start_CF[0, num_rates] = 0.0, 1.0
         if has_head:
             start_CF[1:, :num_rates], start_CF[1:, num_rates + 1] = 0.5 / num_rates, 0.5
-        self.weight_CLF = start_CF[:, None].repeat(1, layers, 1)
+        self.weight_CF = start_CF
         self._prior = torch.eye(features) * _PRIOR
-        self._curvature_CLFF = self._prior.repeat(1 + len(HORIZONS), layers, 1, 1)
+        self._curvature_CFF = self._prior.repeat(1 + len(HORIZONS), 1, 1)
         self._waiting: deque[Tensor] = deque(maxlen=1 + max(HORIZONS))  # x_CLEF of the last passes
         self._used: deque[Tensor] = deque(maxlen=1 + max(HORIZONS))
 
     def forecast(self, p_LE: Tensor | None, later_CLE: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(p_LE of this pass, later_LE: passes after it until the next use, 1 to 32).
+        """(p_LE of this pass, later_LE: passes after it until the next use, discounted: see `worth_as_passes`).
 
         p_LE: what a predictor says of the whole batch. later_CLE: the next-use head's probability, for each of
         HORIZONS, that the batch does not use the expert within so many passes after this one.
         """
         x_CLEF = self._features(p_LE, later_CLE)
         self._waiting.append(x_CLEF)
-        said_CLE = torch.sigmoid(torch.einsum("clf,clef->cle", self.weight_CLF, x_CLEF))
-        return said_CLE[0], expected_passes(1 - said_CLE[1:])
+        said_CLE = torch.sigmoid(torch.einsum("cf,clef->cle", self.weight_CF, x_CLEF))
+        return said_CLE[0], worth_as_passes(1 - said_CLE[1:])
 
     def observe(self, used_LE: Tensor) -> None:
         """The pass is over; used_LE (bool) says what it used. Learns from every guess that this decides."""
@@ -96,12 +114,13 @@ class PassForecast:
 
     def _learn(self, which_C: Tensor, x_CLEF: Tensor, came_CLE: Tensor) -> None:
         """One online Newton step of each regression in which_C."""
-        weight_CLF, curvature_CLFF = self.weight_CLF[which_C], self._curvature_CLFF[which_C]
-        p_CLE = torch.sigmoid(torch.einsum("clf,clef->cle", weight_CLF, x_CLEF))
-        scaled_CLEF = x_CLEF * (p_CLE * (1 - p_CLE))[..., None]
-        curvature_CLFF = (curvature_CLFF - self._prior) * _FORGET + self._prior
-        curvature_CLFF = curvature_CLFF + scaled_CLEF.transpose(2, 3) @ x_CLEF
-        gradient_CLF = torch.einsum("cle,clef->clf", p_CLE - came_CLE, x_CLEF)
-        step_CLF = torch.linalg.solve(curvature_CLFF, gradient_CLF).clamp(-0.5, 0.5)
-        self._curvature_CLFF[which_C] = curvature_CLFF
-        self.weight_CLF[which_C] = weight_CLF - step_CLF
+        x_CNF, came_CN = x_CLEF.flatten(1, 2), came_CLE.flatten(1)
+        weight_CF, curvature_CFF = self.weight_CF[which_C], self._curvature_CFF[which_C]
+        p_CN = torch.sigmoid(torch.einsum("cf,cnf->cn", weight_CF, x_CNF))
+        curvature_CFF = (curvature_CFF - self._prior) * _FORGET + self._prior
+        scaled_CNF = x_CNF * (p_CN * (1 - p_CN))[..., None]
+        curvature_CFF = curvature_CFF + scaled_CNF.transpose(1, 2) @ x_CNF
+        gradient_CF = torch.einsum("cn,cnf->cf", p_CN - came_CN, x_CNF)
+        step_CF = torch.linalg.solve(curvature_CFF, gradient_CF).clamp(-0.5, 0.5)
+        self._curvature_CFF[which_C] = curvature_CFF
+        self.weight_CF[which_C] = weight_CF - step_CF

@@ -177,6 +177,8 @@ class PlanMachine(RuleBasedStateMachine):
         if self.waiting - set(self.slots.values()):
             num_slots = self.plan.table.num_slots
             assert len(self.slots) == num_slots, "a demand waits beside a free slot"
+            if self.plan.policy.binds_late and len(self.urgent) >= 2:
+                return  # the link has demands to go on with
             own = {expert for expert in self.slots.values() if expert.layer == self.layer}
             shares = [0] * SHAPE.num_layers
             for slot in range(num_slots):  # slot s is of the layer whose part of the line ends after s

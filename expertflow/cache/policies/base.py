@@ -36,6 +36,9 @@ class Policy(ABC):
     """
 
     looks_ahead = False  # whether next_prefetch ever names one
+    binds_late = (
+        False  # whether a demand may wait for its slot as long as the link has other demands to carry
+    )
     blocking = False  # as published, arithmetic begins when all that a layer needs is there
     whole_layers = False  # as published, every expert of a layer is loaded, whoever is needed
 

@@ -79,6 +79,7 @@ class PrefetchingBelady(Belady):
     """Knows the future and uses the link whenever it is idle: fetches in order of use, for whoever is needed later."""
 
     looks_ahead = True
+    binds_late = True
 
     def __init__(self, shape: MoEShape, num_slots: int):
         super().__init__(shape, num_slots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Sequence
-from math import ceil
+from math import ceil, log
 
 from expertflow.cache.policies.base import Forecast, Policy
 from expertflow.core import ExpertId, MoEShape
@@ -85,15 +85,19 @@ class PaperPLEC(Policy):
 class NextUse(Policy):
     """Act as Belady would on what is expected: PLEC with one pool of slots for all layers.
 
-    The position of an expert's next use is expected from the forecast of this pass and, beyond it, of later
-    passes; without one, from how often it was used lately. Whoever is needed farthest goes. Prefetches come in
-    order of execution, then probability, into the next pass's first layers too, as long as the expected use comes
-    sooner than the victim's.
+    When an expert is needed next is expected from the forecast of this pass and, beyond it, of later passes;
+    without one, from how often it was used lately. Whoever is needed farthest goes. Prefetches come in order of
+    execution, then probability, as long as the expected use comes sooner than the victim's.
+
+    What is uncertain counts as the certain use that is worth as much, a use being worth `discount` of what it is
+    worth one pass earlier.
     """
 
     looks_ahead = True
+    binds_late = True
     keep_rate = 0.98  # by pass, of the running frequency of use
-    least_likely = 0.3  # below it a guess is not worth its bytes
+    least_likely = 0.5  # guesses below it cost bytes and gained no time (docs/log.md)
+    discount = 0.7
 
     def __init__(self, shape: MoEShape, num_slots: int):
         super().__init__(shape, num_slots)
@@ -152,8 +156,10 @@ class NextUse(Policy):
         if layer <= self._layer:
             self._when[layer] = [layer + num_layers * later for later in later_E]
         else:
+            discount, per_pass = self.discount, num_layers / log(self.discount)
             self._when[layer] = [
-                layer + num_layers * (1 - p) * later for p, later in zip(p_E or rate_E, later_E, strict=True)
+                layer + per_pass * log(p + (1 - p) * discount**later)
+                for p, later in zip(p_E or rate_E, later_E, strict=True)
             ]
         self._farthest[layer] = self._wishes[layer] = None
 
