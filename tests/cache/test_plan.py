@@ -348,3 +348,42 @@ def test_misuse_is_an_assertion():
     plan.open_layer(0, at(0, 0, 1, 2))
     with pytest.raises(AssertionError, match="layer 1 opens while another waits"):
         plan.open_layer(1, at(1, 0))
+
+
+def test_a_policy_that_binds_late_evicts_only_when_the_link_is_ready_for_the_next_demand():
+    """Three demands once evicted three experts at once, while two of them only waited in the link's queue: by
+    the time they came up, experts of the open layer had been computed that were better to lose."""
+    plan = new_plan(4, "plec")
+    serve(plan, 1, [0, 1])
+    serve(plan, 2, [0, 1])
+    opened = plan.open_layer(0, at(0, 0, 1, 2))
+    assert opened.missing == tuple(at(0, 0, 1, 2))
+    first, second = loads(opened.actions)
+    assert loads(plan.load_finished(first)) == at(0, 2)
+    assert loads(plan.load_finished(second)) == []
+
+
+def test_no_more_than_two_loads_are_under_way_for_a_prefetch():
+    plan = new_plan(8, "plec")
+    forecast = Forecast([[0.9] * 4, [0.9] * 4, [0.1] * 4])
+    actions = plan.begin_pass(forecast)
+    assert loads(actions) == at(0, 0, 1)
+    assert loads(plan.load_finished(ExpertId(0, 0))) == at(0, 2)
+
+
+def test_an_unlikely_expert_is_not_fetched_and_refining_brings_it():
+    plan = new_plan(8, "plec")
+    assert plan.begin_pass(Forecast([[0.1] * 4, [0.1] * 4, [0.1] * 4])) == []
+    assert loads(plan.refine(2, [0.1, 0.9, 0.1, 0.1])) == at(2, 1)
+
+
+def test_a_prefetch_stops_when_whoever_must_go_is_needed_sooner():
+    plan = new_plan(2, "plec")
+    actions = plan.begin_pass(Forecast([[0.99, 0.98, 0, 0], [0.97, 0, 0, 0], [0] * 4], [[20.0] * 4] * 3))
+    for load in actions:
+        actions = plan.load_finished(load.expert)
+    assert plan.table.residents == set(at(0, 0, 1))
+    assert actions == [], "expert 0 of layer 1 is needed after both"
+    serve_first = plan.open_layer(0, at(0, 0, 1))
+    assert serve_first.missing == ()
+    assert loads(plan.release(ExpertId(0, 0))) == at(1, 0), "now it is needed before expert 0 of layer 0"

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from expertflow.predictor.next_use import HORIZONS
+from expertflow.predictor.pass_forecast import _DISCOUNT, PassForecast, worth_as_passes
+
+
+def absent(passes: int) -> torch.Tensor:
+    """Certain to be used exactly so many passes from now: absent_C11."""
+    return torch.tensor([[[float(passes > horizon)]] for horizon in HORIZONS])
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_certain_use_counts_as_itself(passes):
+    assert worth_as_passes(absent(passes)).item() == pytest.approx(passes)
+
+
+def test_later_counts_as_later_and_uncertain_lies_between():
+    ordered = [worth_as_passes(absent(passes)).item() for passes in (1, 2, 4, 8, 16, 40)]
+    assert ordered == sorted(ordered)
+    half = worth_as_passes((absent(1) + absent(2)) / 2).item()
+    assert half == pytest.approx(math.log((_DISCOUNT + _DISCOUNT**2) / 2) / math.log(_DISCOUNT))
+
+
+def test_without_anything_said_it_goes_by_how_often_experts_were_used():
+    forecast = PassForecast(1, 4, 1, has_prediction=False, has_head=False)
+    for _ in range(20):
+        forecast.forecast(None)
+        forecast.observe(torch.tensor([[True, False, False, False]]))
+    p_LE, later_LE = forecast.forecast(None)
+    assert p_LE[0, 0] > 0.8 > 0.2 > p_LE[0, 1]
+    assert later_LE[0, 0] < 2 < 4 < later_LE[0, 1]
+
+
+def test_guesses_are_not_judged_by_other_texts():
+    """A pass that follows another text says nothing of what was expected to come after the last."""
+    forecast = PassForecast(1, 4, 1, has_prediction=False, has_head=False)
+    forecast.forecast(None)
+    forecast.observe(torch.tensor([[True, False, False, False]]))
+    forecast.end_of_text()
+    before = forecast.weight_CF.clone()
+    forecast.forecast(None)
+    forecast.observe(torch.tensor([[False, True, False, False]]))
+    assert not torch.equal(forecast.weight_CF[0], before[0]), "this pass was guessed and came"
+    assert torch.equal(forecast.weight_CF[1:], before[1:])
