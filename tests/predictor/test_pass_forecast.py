@@ -44,6 +44,6 @@ def test_guesses_are_not_judged_by_other_texts():
     forecast.end_of_text()
     before = forecast.weight_CF.clone()
     forecast.forecast(None)
-    forecast.observe(torch.tensor([[False, True, False, False]]))
+    forecast.observe(torch.tensor([[False, True, True, True]]))
     assert not torch.equal(forecast.weight_CF[0], before[0]), "this pass was guessed and came"
     assert torch.equal(forecast.weight_CF[1:], before[1:])
