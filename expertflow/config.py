@@ -27,7 +27,10 @@ class Settings:
     context: int = setting(2048, "tokens per sequence (prompt and answer) that the KV cache may hold")
     batch: int = setting(1, "sequences at once that the KV cache may hold")
     prefill_chunk: int = setting(512, "tokens of a prompt that run at once; fewer need less scratch memory")
-    policy: str = setting("lru", "which expert to evict: lru (within each layer's share of the slots)")
+    policy: str = setting(
+        "lru",
+        "which expert to evict: lru or lfu (within each layer's share of the slots), plec; docs/cache.md",
+    )
     store: str = setting(
         "disk", "where the other experts are: disk (read in place) or ram (all copied there)"
     )
