@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import random
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -644,8 +643,7 @@ def eval_predictor(
     meta, sequences = read_recordings(traces)
     loaded = load_predictors(predictors or [], meta, traces)
     counted = fitted_on or sorted({s.task for s in sequences if s.split == "train"})
-    read_hidden = _hidden(model, meta, sequences, counted, gate_tokens, predictors or [])
-    with read_hidden as hidden, _stderr().status("") as status:
+    with _hidden(model, meta, sequences, counted, gate_tokens) as hidden, _stderr().status("") as status:
         found = evaluate(meta, sequences, loaded, counted, task or None, conditions, hidden, status.update)
     console = Console()
     for table in report.tables(found, size):
@@ -664,12 +662,7 @@ def eval_predictor(
 
 @contextlib.contextmanager
 def _hidden(
-    model: str | None,
-    meta: Any,
-    sequences: list[Any],
-    counted: list[str],
-    gate_tokens: int,
-    predictors: list[Path],
+    model: str | None, meta: Any, sequences: list[Any], counted: list[str], gate_tokens: int
 ) -> Iterator[Any]:
     """Predictors of hidden states when the model was given, else None."""
     if model is None:
@@ -677,13 +670,11 @@ def _hidden(
         return
     with _load(model, None, {}) as llm:
         from expertflow.engine.hidden_states import hidden_predictors, hidden_states
-        from expertflow.predictor.storage import has_look_ahead
 
         _verify_traced(llm, model, meta)
         train = [s for s in sequences if s.split == "train" and s.task in counted]
-        tuned_in = next(filter(has_look_ahead, predictors), None)
         with hidden_states(llm) as read:
-            yield hidden_predictors(llm, read, meta, train, gate_tokens, tuned_in=tuned_in)
+            yield hidden_predictors(llm, read, meta, train, gate_tokens)
 
 
 def _verify_traced(llm: LLM, model: str, meta: Any) -> None:
@@ -828,15 +819,15 @@ def train_predictor(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="the traced model: tunes look-ahead on what its layers see, and its embedding tells of tokens "
-            "that the traces hardly show",
-            show_default="none",
+            help="the traced model: its embedding tells of tokens that the traces hardly show",
+            show_default="none: tokens are only numbers",
         ),
     ] = None,
 ) -> None:
     """Learn from recorded routes which experts a text will need, for prefetching and eviction.
 
-    A run that was interrupted continues when the same command is given again.
+    A run that was interrupted continues when the same command is given again. With --model the predictor knows
+    other subjects better than those it is trained on, and costs the same.
 
     [bold]Example[/bold]
 
@@ -845,26 +836,19 @@ def train_predictor(
     checked = TrainSettings(**training)
     from expertflow.predictor.train import train_predictor as run_training
 
-    if model is None:
-        run_training(traces, output, sizes, checked, task=task)
-        return
-    from expertflow.predictor.storage import DESCRIPTION, has_look_ahead
+    embedding_VD = None if model is None else _input_embedding(model, traces[0])
+    run_training(traces, output, sizes, checked, task=task, embedding_VD=embedding_VD)
+
+
+def _input_embedding(model: str, trace: Path) -> Any:
+    """A copy of the traced model's, V x D. Raises ValueError for another model than the traced one."""
     from expertflow.trace import read_trace
 
-    recorded = [read_trace(trace, weights=False) for trace in traces]
-    with _load(model, None, {}) as llm:
-        _verify_traced(llm, model, recorded[0].meta)
-        if not (output / DESCRIPTION).exists() or has_look_ahead(output):
-            embedding: Any = llm.model.get_input_embeddings()
-            run_training(traces, output, sizes, checked, task=task, embedding_VD=embedding.weight)
-        if checked.look_ahead_tokens:
-            from expertflow.engine.hidden_states import tune_look_ahead
-
-            train = [s for trace in recorded for s in trace if s.split == "train" and task in (None, s.task)]
-            random.Random(checked.seed).shuffle(train)
-            with _stderr().status("") as status:
-                tune_look_ahead(llm, train, checked.look_ahead_tokens, output, status.update)
-            typer.echo(f"{output}: look-ahead tuned as well", err=True)
+    meta = read_trace(trace, weights=False).meta
+    with _load(model, None, {"cache_size": 2.0}) as llm:
+        _verify_traced(llm, model, meta)
+        embedding: Any = llm.model.get_input_embeddings()
+        return embedding.weight.detach().clone()
 
 
 @app.command()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +15,12 @@ from torch import Tensor
 
 from expertflow.engine.llm import LLM
 from expertflow.engine.sampling import SamplingParams
-from expertflow.models.fingerprint import fingerprint
 from expertflow.models.spans import MoELayer
 from expertflow.predictor.layer_baselines import GateLookAhead, PreGate
 from expertflow.predictor.protocol import LayerPredictor
 from expertflow.predictor.replay import Group
-from expertflow.predictor.storage import load_look_ahead, save_look_ahead
-from expertflow.predictor.tuned_ahead import TunedLookAhead
 from expertflow.trace import TracedSequence, TraceMeta
 
-_MOST_BYTES = 1 << 30  # of hidden states held to learn from
 # (token ids, those that the encoder read or none) -> hidden_TLD of the decoder's MoE layers
 Read = Callable[[Sequence[int], Sequence[int]], Tensor]
 
@@ -92,44 +87,6 @@ def _router(llm: LLM, layer: MoELayer) -> torch.nn.Module | None:
     return next((child for name, child in block.named_children() if name in ("gate", "router")), None)
 
 
-def states_to_learn_from(
-    read: Read, train: Sequence[TracedSequence], tokens: int, progress: Callable[[str], None]
-) -> tuple[Tensor, Tensor]:
-    """(hidden_NLD, routes_NLK) of the first sequences, until there are so many tokens."""
-    hidden, routes, taken = [], [], 0
-    for sequence in train:
-        if taken >= tokens:
-            break
-        ids = sequence.target_ids_T.tolist()
-        hidden.append(read(ids, sequence.source_ids_S.tolist()))
-        routes.append(torch.from_numpy(sequence.target_routes_TLK.astype("int64")))
-        taken += len(ids)
-        progress(f"hidden states to learn from: {taken} of {tokens} tokens")
-    return torch.cat(hidden), torch.cat(routes)
-
-
-def tune_look_ahead(
-    llm: LLM,
-    train: Sequence[TracedSequence],
-    tokens: int,
-    folder: Path,
-    progress: Callable[[str], None] = lambda what: None,
-) -> None:
-    """Train a TunedLookAhead on what the model's layers see of these sequences, and save it in `folder`.
-
-    Raises ValueError where a router is no plain product, or when there is no sequence.
-    """
-    weights = routers(llm)
-    tuned = TunedLookAhead([weight for weight, _ in weights], [bias for _, bias in weights])
-    bytes_per_token = 2 * len(weights) * weights[0][0].shape[1]
-    with hidden_states(llm) as read:
-        hidden_NLD, routes_NLK = states_to_learn_from(
-            read, train, min(tokens, _MOST_BYTES // bytes_per_token), progress
-        )
-    tuned.fit(hidden_NLD, routes_NLK, progress=progress)
-    save_look_ahead(folder, tuned, fingerprint(llm.model))
-
-
 def hidden_predictors(
     llm: LLM,
     read: Read,
@@ -137,23 +94,24 @@ def hidden_predictors(
     train: Sequence[TracedSequence],
     train_tokens: int,
     progress: Callable[[str], None] = lambda what: None,
-    tuned_in: Path | None = None,
 ) -> Callable[[Group], Mapping[str, Tensor]]:
-    """Look-ahead; the tuned one of the predictor in `tuned_in`; a pre-gate trained on the first train_tokens of
-    `train`. For predictor.evaluate."""
+    """Look-ahead, and a pre-gate trained on the first train_tokens of `train`, for predictor.evaluate."""
     weights = routers(llm)
-    weight_LED, bias_LE = [weight for weight, _ in weights], [bias for _, bias in weights]
-    hidden_NLD, routes_NLK = states_to_learn_from(read, train, train_tokens, progress)
+    hidden, routes, tokens = [], [], 0
+    for sequence in train:
+        if tokens >= train_tokens:
+            break
+        ids = sequence.target_ids_T.tolist()
+        hidden.append(read(ids, sequence.source_ids_S.tolist()))
+        routes.append(torch.from_numpy(sequence.target_routes_TLK.astype("int64")))
+        tokens += len(ids)
+        progress(f"hidden states to train the pre-gate on: {tokens} of {train_tokens} tokens")
     experts = max(meta.experts_per_layer)
     torch.manual_seed(0)
-    gate = PreGate(len(weights), weight_LED[0].shape[1], experts)
-    gate.fit(hidden_NLD, routes_NLK)
-    asked: dict[str, LayerPredictor] = {
-        "look-ahead": GateLookAhead(weight_LED, meta.top_k, bias_LE),
-        "pre-gate": gate,
-    }
-    if tuned_in is not None:
-        asked["tuned look-ahead"] = load_look_ahead(tuned_in, weight_LED, bias_LE, meta.fingerprint)
+    gate = PreGate(len(weights), weights[0][0].shape[1], experts)
+    gate.fit(torch.cat(hidden), torch.cat(routes))
+    ahead = GateLookAhead([weight for weight, _ in weights], meta.top_k, [bias for _, bias in weights])
+    asked: dict[str, LayerPredictor] = {"look-ahead": ahead, "pre-gate": gate}
 
     def say(group: Group) -> dict[str, Tensor]:
         shape = (*group.ids_BT.shape, len(weights), experts)

@@ -35,7 +35,6 @@ from expertflow.trace import TracedSequence, TraceMeta
 FORMAT = "expertflow-predictor-evaluation-1"
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CURVE_POINTS = 50
-_AHEAD = ("look-ahead", "tuned look-ahead")  # of the predictors of hidden states, those to combine with
 RANKED_LENGTH = 16  # tokens of an answer from which next uses are judged
 RANKED_TOKENS = 4000  # of each task: every pair of residents is compared
 
@@ -257,21 +256,21 @@ def _said(
     yield "popularity", [replay.all_at_once(fitted.popularity, group) for group in groups]
     yield "token table", [replay.all_at_once(fitted.token_table, group) for group in groups]
     yield "online table", _stepped([], side, groups, warm, None)
-    ahead: dict[str, list[Tensor]] = {}
+    ahead: list[Tensor] | None = None
     if hidden is not None and not side.of_source:
         by_group = [hidden(group) for group in groups]
         for name in by_group[0]:
             yield name, [said[name] for said in by_group]
-        ahead = {name: [said[name] for said in by_group] for name in _AHEAD if name in by_group[0]}
-        yield "untrained default", _stepped([], side, groups, warm, ahead["look-ahead"])
+        ahead = [said["look-ahead"] for said in by_group]
+        yield "untrained default", _stepped([], side, groups, warm, ahead)
     for name, predictor in predictors.items():
         if side.of_source and not isinstance(predictor, SourcePredictor):
             continue
         alone = [replay.all_at_once(predictor, group) for group in groups]
         yield name, alone
         yield f"{name} + online table", _stepped([alone], side, groups, warm, None)
-        for kind, p_GBTLE in ahead.items():
-            yield f"{name} + online table + {kind}", _stepped([alone], side, groups, warm, p_GBTLE)
+        if ahead is not None:
+            yield f"{name} + online table + look-ahead", _stepped([alone], side, groups, warm, ahead)
 
 
 def _tlp(group: Group, num_experts: int) -> Tensor:

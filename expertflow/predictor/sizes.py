@@ -64,10 +64,6 @@ class TrainSettings:
     )
     validation_share: float = setting(0.05, "share of the train split's prompts held back for validation")
     patience: int = setting(8, "validations without a better recall before training stops")
-    look_ahead_tokens: int = setting(
-        20_000,
-        "with --model: tokens of the traces that tune look-ahead (a tenth of a second each); 0 is none",
-    )
     threads: int | None = setting(None, "threads of the arithmetic; default: torch's own choice")
     seed: int = setting(0, "of the initial weights, the order of batches and the validation prompts")
 
@@ -75,8 +71,6 @@ class TrainSettings:
         for name in ("epochs", "batch_tokens", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.look_ahead_tokens < 0:
-            raise ValueError(f"look_ahead_tokens={self.look_ahead_tokens} must be 0 (none) or more")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads} must be at least 1")
         if not self.learning_rate > 0:

@@ -39,7 +39,6 @@ _VALIDATIONS = 30  # over the whole schedule
 _NEXT_USE_WEIGHT = 0.3  # of its loss beside the routes'
 _NEXT_USE_POSITIONS = 512  # of a batch that train the next-use head: its targets are 5 x L x E each
 _TABLE_RATE = 15.0  # times the learning rate, for tables: a token's row moves only when the token comes
-_OUTSIDE_THE_RUN = ("threads", "minutes", "look_ahead_tokens")  # settings that an interrupted run may change
 _LEAST_GAIN = 0.0005  # of recall that counts as better for the early stop
 
 
@@ -203,7 +202,7 @@ class _Run:
         self._epoch: tuple[int, list[Any]] = (-1, [])
         seen = sum(len(s.target_ids_T) for s in paths.train)
         self.identity = {
-            **{k: v for k, v in asdict(settings).items() if k not in _OUTSIDE_THE_RUN},
+            **{k: v for k, v in asdict(settings).items() if k not in ("threads", "minutes")},
             **asdict(predictor.sizes),
             "fingerprint": predictor.model.fingerprint,
             "model's embedding": predictor.embedding.project is not None,

@@ -16,16 +16,7 @@ from expertflow.config import Tracing
 from expertflow.engine.datasets import Example
 from expertflow.engine.hidden_states import hidden_states, routers
 from expertflow.engine.tracing import record_trace
-from expertflow.predictor.storage import (
-    LOOK_AHEAD,
-    WEIGHTS,
-    has_look_ahead,
-    load_look_ahead,
-    load_predictor,
-    read_description,
-    save_look_ahead,
-)
-from expertflow.predictor.tuned_ahead import TunedLookAhead
+from expertflow.predictor.storage import load_predictor, read_description
 from expertflow.trace import TraceWriter, read_trace
 from tests.families import write_checkpoint
 
@@ -120,63 +111,6 @@ def test_a_predictor_leans_on_the_models_embedding(recorded, tmp_path):
         assert read_description(tmp_path / name)["training"]["model's embedding"] == (name == "with")
     assert rows["without"][0] == 1, "all that is never seen is one"
     assert rows["with"][0] == rows["with"][1] > 1
-    assert not has_look_ahead(tmp_path / "without")
-
-
-@pytest.mark.parametrize("kind", ["recorded", "recorded_switch"])
-def test_look_ahead_is_tuned_beside_the_predictor_and_measured(kind, request, tmp_path):
-    folder, trace_folder = request.getfixturevalue(kind)
-    out = tmp_path / "rpp"
-    command = [
-        trace_folder,
-        "--model",
-        folder,
-        "--hidden",
-        16,
-        "--feed-forward",
-        16,
-        "--epochs",
-        1,
-        "-o",
-        out,
-    ]
-    result = run(*command, "--look-ahead-tokens", 0, command="train-predictor")
-    assert result.exit_code == 0, result.output
-    assert not has_look_ahead(out)
-    before = (out / WEIGHTS).stat().st_mtime_ns
-    result = run(*command, "--look-ahead-tokens", 20, command="train-predictor")
-    assert result.exit_code == 0, result.output
-    assert has_look_ahead(out)
-    assert (out / WEIGHTS).stat().st_mtime_ns == before, "only what was missing is made"
-    again = run(*command, command="train-predictor")
-    assert again.exit_code == 2
-    assert "already has a trained predictor" in again.output
-    result = run(out, "--traces", trace_folder, "--batch", 1, "--model", folder, "-o", tmp_path / "eval")
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
-    names = {row["predictor"] for row in found["results"]}
-    assert names >= {"tuned look-ahead", "rpp + online table + tuned look-ahead"}
-
-
-def test_a_look_ahead_that_does_not_belong_is_refused(recorded, tmp_path):
-    folder, _ = recorded
-    with LLM(folder, cache_size=3) as llm:
-        weight_LED, bias_LE = zip(*routers(llm), strict=True)
-    tuned = TunedLookAhead(weight_LED, bias_LE, inner=8)
-    hidden = torch.randn(3, weight_LED[0].shape[1])
-    save_look_ahead(tmp_path, tuned, "a" * 16)
-    loaded = load_look_ahead(tmp_path, weight_LED, bias_LE, "a" * 16)
-    assert torch.equal(loaded.observe(0, hidden, None), tuned.observe(0, hidden, None))
-    with pytest.raises(
-        ValueError, match=r"tuned for a model of fingerprint a.*the model here has b.*delete it"
-    ):
-        load_look_ahead(tmp_path, weight_LED, bias_LE, "b" * 16)
-    with pytest.raises(ValueError, match="does not fit the model's routers"):
-        load_look_ahead(tmp_path, [weight[:, :-1] for weight in weight_LED], bias_LE, "a" * 16)
-    path = tmp_path / LOOK_AHEAD
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="truncated or damaged"):
-        load_look_ahead(tmp_path, weight_LED, bias_LE, "a" * 16)
 
 
 def test_another_models_traces_are_refused(recorded, tmp_path):
