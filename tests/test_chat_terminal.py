@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DEADLINE_SECONDS = 180.0  # of a test, on a busy machine
+DEADLINE_SECONDS = 500.0  # of a test, on a machine whose time others take
+AGAIN_SECONDS = 20.0
+
+pytestmark = pytest.mark.timeout(600)
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
@@ -38,6 +41,17 @@ class Terminal:
 
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
+
+    def leave(self, key: str) -> str:
+        """Type it, and again if nothing happens, and read to the end.
+
+        Python's readline misses a signal that comes after its prompt and before it waits for a key.
+        """
+        self.type(key)
+        while not select.select([self.screen], [], [], AGAIN_SECONDS)[0]:
+            assert time.monotonic() < self._deadline, "it does not end"
+            self.type(key)
+        return self.read_to_the_end()
 
     def read_until(self, expected: str) -> str:
         """What came before and with `expected`."""
@@ -135,8 +149,7 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(tmp_path: Path) -> None
             terminal.read_answer(20)
             terminal.type(CTRL_C)
             terminal.read_until("\n> ")
-        terminal.type(CTRL_C)
-        assert "Traceback" not in terminal.read_to_the_end()
+        assert "Traceback" not in terminal.leave(CTRL_C)
         assert terminal.status == 130
     finally:
         terminal.close()
