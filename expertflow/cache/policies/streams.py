@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Container, Sequence
 
 from expertflow.cache.policies.base import Forecast, Policy
@@ -19,9 +20,9 @@ class NextLayer(LayerLRU):
         self._p_LE: list[Sequence[float]] = []
         self._guesses: list[ExpertId] = []
 
+    @abstractmethod
     def guess(self, p_E: Sequence[float]) -> list[int]:
         """The experts to fetch, the most probable first."""
-        raise NotImplementedError
 
     def begin_pass(self, forecast: Forecast | None) -> None:
         self._p_LE = list(forecast.p_LE) if forecast is not None else []
