@@ -18,7 +18,8 @@ from torch import Tensor
 
 from expertflow.cache.loader import Loader, SlotMemory
 from expertflow.cache.plan import Action, CachePlan, Cancel, Load, Promote
-from expertflow.cache.policies import POLICIES
+from expertflow.cache.policies import POLICIES, Forecast
+from expertflow.cache.policies.base import probabilities
 from expertflow.cache.slots import SlotTable
 from expertflow.cache.stats import CacheStats
 from expertflow.core import ExpertId, MoEShape
@@ -107,6 +108,27 @@ class ExpertCache:
         with self._changing_books():
             self._record("prefetch", tuple(experts))
             self._execute(self.plan.prefetch(experts))
+
+    def begin_pass(self, forecast: Forecast | None) -> None:
+        """A pass over the layers begins, of which this is expected; None where nobody predicts. Returns at once.
+
+        A wrong forecast costs time, never correctness: what is no probability counts as unlikely, what is no number
+        of passes as far away. One of another shape than the model is a ValueError.
+        """
+        if forecast is not None:
+            forecast = forecast.within_bounds(self.shape)
+        with self._changing_books():
+            self._record("begin_pass", forecast)
+            self._execute(self.plan.begin_pass(forecast))
+
+    def refine(self, layer: int, p_E: Sequence[float]) -> None:
+        """Something better is known of one layer of this pass; of no use once it has opened. As `begin_pass`."""
+        if not 0 <= layer < self.shape.num_layers:
+            raise ValueError(f"layer {layer} of {self.shape.num_layers} cannot be predicted")
+        p_E = probabilities(p_E, self.shape.experts_per_layer[layer])
+        with self._changing_books():
+            self._record("refine", layer, p_E)
+            self._execute(self.plan.refine(layer, p_E))
 
     def open_layer(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Weights]]:
         """Yield (expert, its weights by role) for each of `experts`, ready ones first.
@@ -299,7 +321,9 @@ class ExpertCache:
         uses_E = self._stats.uses_LE[layer]
         for expert in needed:
             uses_E[expert.expert] += 1
-            self._prefetched_unused.discard(expert)
+            if expert in self._prefetched_unused:
+                self._prefetched_unused.discard(expert)
+                self._stats.prefetches_useful += 1
         self._execute(opened.actions)
 
     def _next_ready(self, pending: dict[ExpertId, None]) -> ExpertId | None:

@@ -34,7 +34,8 @@ class CacheStats:
     layers: list[LayerStats] = field(default_factory=list)
     uses_LE: list[list[int]] = field(default_factory=list)
     loads_LE: list[list[int]] = field(default_factory=list)
-    prefetches: int = 0  # loads begun on a hint
+    prefetches: int = 0  # loads begun on a hint or a forecast
+    prefetches_useful: int = 0  # a layer asked for them before they were gone again
     prefetches_unused: int = 0  # evicted, cancelled or failed before a layer asked for them
     cancelled: int = 0
     read_seconds: float = 0.0
@@ -46,7 +47,7 @@ class CacheStats:
         self.layers = [LayerStats() for _ in self.shape.experts_per_layer]
         self.uses_LE = [[0] * experts for experts in self.shape.experts_per_layer]
         self.loads_LE = [[0] * experts for experts in self.shape.experts_per_layer]
-        self.prefetches = self.prefetches_unused = self.cancelled = 0
+        self.prefetches = self.prefetches_useful = self.prefetches_unused = self.cancelled = 0
         self.read_seconds = 0.0
 
     @property
@@ -85,6 +86,7 @@ class CacheStats:
             "read_seconds": self.read_seconds,
             "stall_seconds": self.stall_seconds,
             "prefetches": self.prefetches,
+            "prefetches_useful": self.prefetches_useful,
             "prefetches_unused": self.prefetches_unused,
             "cancelled": self.cancelled,
             "layers": [asdict(layer) for layer in self.layers],

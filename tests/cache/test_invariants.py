@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expertflow.cache.expert_cache import ExpertCache, Weights
-from expertflow.cache.policies import POLICIES
+from expertflow.cache.policies import POLICIES, Forecast
 from expertflow.core import ExpertId, MoEShape
 from expertflow.models.experts import Attachment, run_experts
 from expertflow.store.checkpoint import open_checkpoint
@@ -95,6 +95,39 @@ class Predictions:
         return everyone if kind == "everything" else []
 
 
+class Forecasts:
+    """What a predictor says before each pass, and of each next layer while it runs; of a kind, or mixed."""
+
+    KINDS = ("nothing", "everything", "noise", "right", "nan", "infinite", "mixed")
+
+    def __init__(self, kind: str, routes: Routes, seed: int):
+        self.kind, self.routes, self.draw = kind, routes, random.Random(seed)
+
+    def tell(self, cache: ExpertCache, step: int) -> None:
+        layer = step % SHAPE.num_layers
+        kind = self.draw.choice(self.KINDS[:-1]) if self.kind == "mixed" else self.kind
+        if layer == 0:
+            if self.draw.random() < 0.2:
+                return cache.begin_pass(None)
+            p_LE = [self.p_E(kind, step + after) for after in range(SHAPE.num_layers)]
+            later_LE = [[20 * self.number(kind) for _ in range(6)] for _ in range(SHAPE.num_layers)]
+            return cache.begin_pass(Forecast(p_LE, self.draw.choice([None, later_LE])))
+        return cache.refine(layer, self.p_E(kind, step))
+
+    def number(self, kind: str) -> float:
+        odd = {"nan": float("nan"), "infinite": self.draw.choice([float("inf"), -float("inf"), -3.0])}
+        return odd.get(kind, 0.0) if self.draw.random() < 0.7 else self.draw.random()
+
+    def p_E(self, kind: str, step: int) -> list[float]:
+        if kind == "right":
+            needed = {expert.expert for expert in self.routes.needed(step)}
+            return [float(expert in needed) for expert in range(6)]
+        same = {"nothing": 0.0, "everything": 1.0}
+        if kind in same:
+            return [same[kind]] * 6
+        return [self.number(kind) if kind != "noise" else self.draw.random() for _ in range(6)]
+
+
 class Adversary:
     """Lets the loader read one chunk here, ten there, and while an expert is being multiplied."""
 
@@ -128,7 +161,11 @@ class Adversary:
 
 
 def run(
-    cache: ExpertCache, routes: Routes, multiply_one=multiply, predictions: Predictions | None = None
+    cache: ExpertCache,
+    routes: Routes,
+    multiply_one=multiply,
+    predictions: Predictions | None = None,
+    forecasts: Forecasts | None = None,
 ) -> Tensor:
     hidden_TD = routes.hidden_TD
     outputs = []
@@ -136,6 +173,8 @@ def run(
         layer = step % SHAPE.num_layers
         if predictions is not None:
             cache.prefetch(predictions.hints(step))
+        if forecasts is not None:
+            forecasts.tell(cache, step)
         attachment = Attachment(cache, layer, SHAPE.experts_per_layer[layer])
         hidden_TD = F.layer_norm(
             hidden_TD + run_experts(attachment, hidden_TD, index_TK, weight_TK, multiply_one), (HIDDEN,)
@@ -194,6 +233,79 @@ def test_the_cache_is_invisible(seed, policy):
         assert cache.table.residents == cache._weights.keys()
     finally:
         adversary.gate.open()
+        cache.close()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(14))
+def test_forecasts_are_invisible(seed, policy):
+    """As above, with forecasts of passes and layers in place of hints, or beside them. (Invariants 1, 2, 3, 7.)"""
+    draw = random.Random(seed)
+    routes = Routes.random(seed)
+    expected = all_resident(FakeStore(SHAPE), routes)
+    cache = ExpertCache(
+        FakeStore(SHAPE),
+        SHAPE,
+        draw.choice((2, 3, 4, 6, 9, 14)),
+        policy=policy,
+        overlap=seed % 4 != 0,
+        record_events=True,
+    )
+    poison_pending_slots(cache)
+    adversary = Adversary(cache, seed)
+    forecasts = Forecasts(Forecasts.KINDS[seed % len(Forecasts.KINDS)], routes, seed)
+    hints = Predictions("mixed", routes, seed) if seed % 5 == 0 else None
+    try:
+        output = run(cache, routes, adversary.multiply, hints, forecasts)
+        assert torch.equal(output, expected)
+        assert_no_pins(cache)
+        adversary.gate.open()
+        cache.wait_idle()  # with nan in it a policy once fetched two experts for ever, one in place of the other
+        done, decided = replayed_actions(cache, policy)
+        assert done == decided
+        assert cache.table.residents == cache._weights.keys()
+    finally:
+        adversary.gate.open()
+        cache.close()
+
+
+@pytest.mark.parametrize("policy", ["plec", "plec-paper"])
+def test_forecasts_do_move_experts(policy):
+    """The test above would prove nothing if forecasts were ignored."""
+    routes = Routes.random(1)
+    misses = {}
+    for kind in ("nothing", "right"):
+        cache = ExpertCache(FakeStore(SHAPE), SHAPE, 12, policy=policy)
+        forecasts = Forecasts(kind, routes, 3)
+        for step in range(len(routes.index_TK)):
+            forecasts.tell(cache, step)
+            cache.wait_idle()
+            for _ in cache.open_layer(step % 3, [expert.expert for expert in routes.needed(step)]):
+                pass
+        misses[kind] = cache.stats.misses
+        assert (cache.stats.prefetches > 0) == (kind == "right")
+        cache.close()
+    assert misses["right"] < misses["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("forecast", "message"),
+    [
+        (Forecast([[0.5] * 6] * 2), "2 layers, and the model has 3"),
+        (Forecast([[0.5] * 6, [0.5] * 5, [0.5] * 6]), "5 experts for a layer of 6"),
+        (Forecast([[0.5] * 6] * 3, [[2.0] * 7] * 3), "7 experts for a layer of 6"),
+    ],
+)
+def test_a_forecast_of_another_shape_is_refused_and_breaks_nothing(forecast, message):
+    cache = ExpertCache(FakeStore(SHAPE), SHAPE, 4, policy="plec")
+    try:
+        with pytest.raises(ValueError, match=message):
+            cache.begin_pass(forecast)
+        for layer, p_E in ((3, [0.5] * 6), (0, [0.5])):
+            with pytest.raises(ValueError, match="layer"):
+                cache.refine(layer, p_E)
+        assert [expert for expert, _ in cache.open_layer(0, [1, 2])] == [1, 2]
+    finally:
         cache.close()
 
 

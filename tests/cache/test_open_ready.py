@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from expertflow.cache import expert_cache
 from expertflow.cache.expert_cache import ExpertCache
+from expertflow.cache.policies import Forecast
 from expertflow.core import ExpertId, MoEShape
 
 SHAPE = MoEShape((6, 6, 6))
@@ -70,6 +71,28 @@ def test_none_while_a_prefetch_is_under_way_or_after_close(new_cache):
     assert not use(cache, 0, [1])
     with pytest.raises(RuntimeError, match="closed"):
         list(cache.open_layer(0, [1]))
+
+
+def test_a_layer_that_finds_everything_lets_a_policy_fetch_for_the_next(new_cache):
+    """The short way would count the layer later; a policy that looks ahead must hear of it now, while it computes."""
+    cache = new_cache(4, policy="plec")
+    consume(cache, 0, [0, 1])
+    assert not use(cache, 0, [0, 1])
+    cache.begin_pass(Forecast([[0.0] * 6, [0.0] * 6, [0.0] * 5 + [1.0]], [[9.0] * 6] * 3))
+    cache.wait_idle()
+    consume(cache, 1, [0])
+    opened = cache.open_layer(0, [0, 1])  # a new pass that nobody has announced: the forecast lapses
+    next(opened)
+    cache.refine(1, [0.0] * 5 + [1.0])  # as look-ahead does, with the layer open
+    cache.wait_idle()
+    assert cache.table.is_ready(ExpertId(1, 5))
+    assert cache.table.is_ready(ExpertId(0, 0))
+    assert cache.table.is_ready(ExpertId(0, 1))
+    opened.close()
+    assert consume(cache, 1, [5]) == [5]
+    assert cache.stats.prefetches == 2
+    assert cache.stats.prefetches_useful == 1
+    assert cache.stats.layers[1].hits == 1
 
 
 def test_use_is_remembered_when_a_victim_is_chosen(new_cache):

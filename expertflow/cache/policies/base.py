@@ -26,6 +26,39 @@ class Forecast:
     p_LE: Sequence[Sequence[float]]
     later_LE: Sequence[Sequence[float]] | None = None
 
+    def within_bounds(self, shape: MoEShape) -> Forecast:
+        """The same with nothing in it that a policy could stumble over, whatever a predictor has said.
+
+        An unlimited distance, or one that is no number, would have policies compare what cannot be compared and
+        exchange two experts for ever. Raises ValueError for a forecast of another shape.
+        """
+        for rows_LE in (self.p_LE, self.later_LE):
+            if rows_LE is not None and len(rows_LE) != shape.num_layers:
+                raise ValueError(f"a forecast of {len(rows_LE)} layers, and the model has {shape.num_layers}")
+        experts_L = shape.experts_per_layer
+        p_LE = [probabilities(p_E, experts) for p_E, experts in zip(self.p_LE, experts_L, strict=True)]
+        if self.later_LE is None:
+            return Forecast(p_LE)
+        later_LE = []
+        for later_E, experts in zip(self.later_LE, experts_L, strict=True):
+            _verify_length(later_E, experts)
+            later_LE.append([max(1.0, min(FARTHEST, later)) for later in later_E])  # nan becomes FARTHEST
+        return Forecast(p_LE, later_LE)
+
+
+FARTHEST = 100.0  # passes ahead: as good as never, and a power of any discount that is still above zero
+
+
+def probabilities(p_E: Sequence[float], experts: int) -> list[float]:
+    """p_E between 0 and 1, nan as 0. Raises ValueError unless it has so many."""
+    _verify_length(p_E, experts)
+    return [min(1.0, max(0.0, p)) for p in p_E]
+
+
+def _verify_length(values_E: Sequence[float], experts: int) -> None:
+    if len(values_E) != experts:
+        raise ValueError(f"a forecast of {len(values_E)} experts for a layer of {experts}")
+
 
 class Policy(ABC):
     """What the cache tells a policy, and what it asks.
