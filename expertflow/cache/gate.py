@@ -1,0 +1,78 @@
+"""Does prefetching pay? A gate that tries it with and without in turn, and keeps to what was faster.
+
+A prefetch can lose: its bytes compete with demands, its prediction takes time. What counts is the seconds of a pass,
+in which both are contained, and stalls that were saved. Decides only: whoever asks keeps the time.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+# Passes. The first of a window still feel what the window before left in the cache.
+LEARNING = (
+    32  # with prefetching, before the first trial: predictors that learn while serving know nothing at first
+)
+WINDOW, SETTLING = 10, 3
+WINDOWS = ("on", "off", "on", "off")  # pairs, so that a disturbance in one of them decides nothing
+HOLD, LONGEST_HOLD = 256, 4096  # between trials; doubled each time that one changes nothing
+MARGIN = 0.02  # by which the other way must be faster: less is chance
+
+
+class PayoffGate:
+    """Ask `open` before a pass, tell `passed` after it; `reason` says in words how it stands."""
+
+    def __init__(self) -> None:
+        self.on = True  # what was decided; a trial may do otherwise
+        self.reason = "on: nothing measured yet"
+        self.switches = 0
+        self._wait, self._hold = LEARNING, HOLD  # passes until the next trial; and after that one
+        self._passes = 0
+        self._kind: int | None = None
+        self._window: int | None = None  # of WINDOWS; None: no trial
+        self._in_window = 0
+        self._seconds: list[list[float]] = [[] for _ in WINDOWS]
+
+    @property
+    def open(self) -> bool:
+        """Whether the next pass is to prefetch."""
+        return self.on if self._window is None else WINDOWS[self._window] == "on"
+
+    def passed(self, seconds: float, kind: int) -> None:
+        """A pass is over. kind: passes of one kind have as much to do (rows of the batch)."""
+        self._passes += 1
+        if self._window is None:
+            self._wait -= 1
+            if self._wait <= 0:
+                self._begin_trial(kind)
+            return
+        if kind != self._kind:  # not to be compared with those before
+            self._begin_trial(kind)
+            return
+        self._in_window += 1
+        if self._in_window > SETTLING:
+            self._seconds[self._window].append(seconds)
+        if self._in_window == WINDOW:
+            self._in_window = 0
+            self._window += 1
+            if self._window == len(WINDOWS):
+                self._decide()
+
+    def _begin_trial(self, kind: int) -> None:
+        self._kind, self._window, self._in_window = kind, 0, 0
+        self._seconds = [[] for _ in WINDOWS]
+
+    def _decide(self) -> None:
+        medians = [median(seconds) for seconds in self._seconds]
+        pairs = list(zip(medians[::2], medians[1::2], strict=True))  # (with, without)
+        if self.on:
+            on = any(with_it <= without * (1 + MARGIN) for with_it, without in pairs)
+        else:
+            on = all(with_it < without * (1 - MARGIN) for with_it, without in pairs)
+        with_it, without = (sum(each) / len(pairs) for each in zip(*pairs, strict=True))
+        self._hold = min(2 * self._hold, LONGEST_HOLD) if on == self.on else HOLD
+        self.switches += on != self.on
+        self.on, self._window, self._wait = on, None, self._hold
+        self.reason = (
+            f"{'on' if on else 'off'}: {1e3 * with_it:.3g} ms per pass with prefetching, {1e3 * without:.3g} ms "
+            f"without ({self._kind} row{'s' if self._kind != 1 else ''}, after {self._passes} passes)"
+        )
