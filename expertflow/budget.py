@@ -47,6 +47,7 @@ class MemoryPlan:
     kv_bytes: int
     scratch_bytes: int
     num_slots: int
+    predictor_bytes: int = 0  # what prefetch by prediction holds
 
     @property
     def fixed_bytes(self) -> int:
@@ -57,6 +58,7 @@ class MemoryPlan:
             + self.kv_bytes
             + self.scratch_bytes
             + self.model.staging_bytes
+            + self.predictor_bytes
         )
 
     @property
@@ -88,6 +90,11 @@ class MemoryPlan:
             ("dense weights", self.model.dense_bytes, "attention, embeddings, shared experts, routers"),
             ("KV cache", self.kv_bytes, f"{format_bytes(self.model.kv_bytes_per_token)} per token"),
             ("scratch", self.scratch_bytes + self.model.staging_bytes, "activations, logits, slack"),
+            *(
+                [("predictor", self.predictor_bytes, "tables, routers, weights")]
+                if self.predictor_bytes
+                else []
+            ),
             (
                 "expert slots",
                 self.slots_bytes,
@@ -97,7 +104,9 @@ class MemoryPlan:
         ]
 
 
-def plan_memory(model: ModelBytes, settings: Settings, process_bytes: int, free_bytes: int) -> MemoryPlan:
+def plan_memory(
+    model: ModelBytes, settings: Settings, process_bytes: int, free_bytes: int, predictor_bytes: int = 0
+) -> MemoryPlan:
     """How many slots `settings` leave for experts.
 
     process_bytes: what the process holds before any weight is read. free_bytes: used as the budget when
@@ -115,10 +124,10 @@ def plan_memory(model: ModelBytes, settings: Settings, process_bytes: int, free_
     )
     if settings.cache_size is not None:
         slots = min(model.num_experts, max(MIN_SLOTS, round(settings.cache_size * model.num_moe_layers)))
-        return MemoryPlan(model, None, process_bytes, kv_bytes, scratch_bytes, slots)
+        return MemoryPlan(model, None, process_bytes, kv_bytes, scratch_bytes, slots, predictor_bytes)
 
     budget = parse_bytes(settings.memory) if settings.memory is not None else free_bytes
-    empty = MemoryPlan(model, budget, process_bytes, kv_bytes, scratch_bytes, 0)
+    empty = MemoryPlan(model, budget, process_bytes, kv_bytes, scratch_bytes, 0, predictor_bytes)
     slots = (budget - empty.fixed_bytes) // model.slot_bytes
     if slots < MIN_SLOTS:
         lines = [f"  {format_bytes(nbytes):>9}  {what}" for what, nbytes, _ in empty.rows()[:-1]]
@@ -131,9 +140,8 @@ def plan_memory(model: ModelBytes, settings: Settings, process_bytes: int, free_
             f"The smallest budget that works is {empty.smallest_budget() // 2**20}MiB; a smaller --context "
             f"(now {settings.context}) or --prefill-chunk (now {settings.prefill_chunk}) lowers it."
         )
-    return MemoryPlan(
-        model, budget, process_bytes, kv_bytes, scratch_bytes, min(slots, max(MIN_SLOTS, model.num_experts))
-    )
+    slots = min(slots, max(MIN_SLOTS, model.num_experts))
+    return MemoryPlan(model, budget, process_bytes, kv_bytes, scratch_bytes, slots, predictor_bytes)
 
 
 def process_bytes() -> int:

@@ -27,9 +27,15 @@ class Settings:
     context: int = setting(2048, "tokens per sequence (prompt and answer) that the KV cache may hold")
     batch: int = setting(1, "sequences at once that the KV cache may hold")
     prefill_chunk: int = setting(512, "tokens of a prompt that run at once; fewer need less scratch memory")
-    policy: str = setting(
-        "lru",
-        "which expert to evict: lru or lfu (within each layer's share of the slots), plec; docs/cache.md",
+    policy: str | None = setting(
+        None,
+        "which expert to evict: lru or lfu (within each layer's share of the slots), plec; docs/cache.md; "
+        "default: lru, and plec with a predictor",
+    )
+    predictor: str = setting(
+        "none",
+        "who foretells which experts are needed, to prefetch them: none, online (learns while it serves), or a "
+        "folder of train-predictor; same output",
     )
     store: str = setting(
         "disk", "where the other experts are: disk (read in place) or ram (all copied there)"
@@ -61,6 +67,9 @@ class Settings:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if self.store not in ("disk", "ram"):
             raise ValueError(f"store={self.store!r} is unknown; use 'disk' or 'ram'")
+        object.__setattr__(self, "predictor", str(self.predictor))
+        if self.policy is None:
+            object.__setattr__(self, "policy", "lru" if self.predictor == "none" else "plec")
 
     @classmethod
     def names(cls) -> list[str]:

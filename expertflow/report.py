@@ -23,7 +23,7 @@ _FORMAT = "expertflow-stats-1"
 
 def collect(llm: LLM) -> dict[str, Any]:
     """Everything about a run so far, as plain JSON."""
-    plan = llm.experts.plan
+    plan, predicting = llm.experts.plan, llm.experts.predicting
     return {
         "format": _FORMAT,
         "model": llm.name,
@@ -34,6 +34,7 @@ def collect(llm: LLM) -> dict[str, Any]:
         },
         "timing": llm.timing.to_dict(),
         "cache": llm.stats.to_dict(),
+        "prediction": predicting.stats.to_dict() if predicting is not None else None,
     }
 
 
@@ -123,8 +124,16 @@ def speed_table(report: dict[str, Any]) -> Table:
     table.add_row("generated", f"{timing['generated_tokens']} tokens")
     table.add_row("decoding", f"{timing['tokens_per_second']:.2f} tokens/s")
     if cache["prefetches"]:
-        unused = f"{cache['prefetches_unused']} unused, {cache['cancelled']} cancelled"
+        useful = f"{cache['prefetches_useful']} useful, " if "prefetches_useful" in cache else ""
+        unused = f"{useful}{cache['prefetches_unused']} unused, {cache['cancelled']} cancelled"
         table.add_row("prefetches", f"{cache['prefetches']} ({unused})")
+    if prediction := report.get("prediction"):
+        found = f"recall {prediction['recall']:.0%}, precision {prediction['precision']:.0%}"
+        table.add_row("predictions", f"{found}, {prediction['predict_seconds']:.2f} s of work")
+        if prediction["failed"]:
+            table.add_row("the predictor failed", prediction["failed"])
+        else:
+            table.add_row("prefetching", prediction["gate"])
     return table
 
 

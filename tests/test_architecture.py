@@ -28,7 +28,7 @@ BELOW: dict[str, set[str]] = {
     "budget": {"core", "config"},
     "read_ahead": set(),
     "hub_headers": {"core", "config", "store"},
-    "models": {"core", "config", "trace", "store", "cache", "budget", "read_ahead", "step_time"},
+    "models": {"core", "config", "trace", "store", "cache", "predictor", "budget", "read_ahead", "step_time"},
     "measure": {"core", "config", "store", "cache", "models", "step_time"},
 }
 BELOW["forecast"] = {*BELOW} - {"predictor", "scheduler", "sim"}

@@ -107,6 +107,7 @@ SETTINGS = {
     "batch": ("3", 3),
     "prefill_chunk": ("9", 9),
     "policy": ("lru", "lru"),
+    "predictor": ("online", "online"),
     "store": ("ram", "ram"),
     "direct_io": (None, True),
     "overlap": (None, True),

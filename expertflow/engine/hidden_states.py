@@ -15,6 +15,7 @@ from torch import Tensor
 
 from expertflow.engine.llm import LLM
 from expertflow.engine.sampling import SamplingParams
+from expertflow.models import routers as routers_of
 from expertflow.models.spans import MoELayer
 from expertflow.predictor.layer_baselines import GateLookAhead, PreGate
 from expertflow.predictor.protocol import LayerPredictor
@@ -57,34 +58,15 @@ def hidden_states(llm: LLM) -> Iterator[Read]:
 
 def decoder_layers(llm: LLM) -> list[MoELayer]:
     """The MoE layers that decode: all of a decoder-only model."""
-    if not llm.model.config.is_encoder_decoder:
-        return llm.experts.moe_layers
-    encoder = {id(module) for module in llm.model.get_encoder().modules()}
-    return [m for m in llm.experts.moe_layers if id(llm.model.get_submodule(m.name)) not in encoder]
+    return routers_of.decoder_layers(llm.model, llm.experts.moe_layers)
 
 
 def routers(llm: LLM) -> list[tuple[Tensor, Tensor | None]]:
     """Weight (E x D) and bias of each MoE layer's router. Raises ValueError where it is no plain product."""
-    found = []
-    for layer in decoder_layers(llm):
-        router = _router(llm, layer)
-        router = getattr(router, "classifier", router)  # Switch and NLLB keep the product inside
-        weight = getattr(router, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != layer.num_experts:
-            raise ValueError(
-                f"the router of {layer.name} is no product with one weight per expert, so look-ahead cannot "
-                f"ask it; leave --model out"
-            )
-        bias = getattr(router, "bias", None)
-        found.append(
-            (weight.detach().float().cpu(), bias.detach().float().cpu() if bias is not None else None)
-        )
-    return found
-
-
-def _router(llm: LLM, layer: MoELayer) -> torch.nn.Module | None:
-    block = llm.model.get_submodule(layer.name.rpartition(".")[0])
-    return next((child for name, child in block.named_children() if name in ("gate", "router")), None)
+    return [
+        (weight.float().cpu(), bias.float().cpu() if bias is not None else None)
+        for weight, bias in routers_of.router_products(llm.model, decoder_layers(llm))
+    ]
 
 
 def hidden_predictors(

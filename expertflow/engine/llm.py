@@ -144,6 +144,8 @@ class LLM:
 
     def reset_stats(self) -> None:
         self.experts.cache.reset_stats()
+        if self.experts.predicting is not None:
+            self.experts.predicting.reset_stats()
         self.timing = Timing(load_seconds=self.timing.load_seconds)
 
     def close(self) -> None:

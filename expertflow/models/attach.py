@@ -39,6 +39,8 @@ from expertflow.models.continuous import keep_pages_in_budget
 from expertflow.models.experts import Attachment, expertflow_experts
 from expertflow.models.footprint import honoured_prefill, measure_model
 from expertflow.models.lookahead import look_ahead_for
+from expertflow.models.predicting import Predicting
+from expertflow.models.predictors import check_predictor, new_predicting, predictor_bytes
 from expertflow.models.products import speed_up_dense
 from expertflow.models.refusal import RefusingName
 from expertflow.models.spans import ExpertSpans, MoELayer, derive_expert_spans, find_moe_layers
@@ -76,6 +78,7 @@ class ExpertFlowConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"policy={self.settings.policy!r} is unknown; it can be: {', '.join(sorted(POLICIES))}"
             )
+        check_predictor(self.settings)
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, **asdict(self.settings)}
@@ -93,6 +96,7 @@ class LoadedExperts:
     checkpoint: Checkpoint
     settings: Settings
     moe_layers: list[MoELayer]
+    predicting: Predicting | None = None
 
     def close(self) -> None:
         """Stop the loader thread and close the checkpoint's files."""
@@ -151,6 +155,7 @@ class ExpertFlowQuantizer(HfQuantizer):
             self.settings,
             held,
             budget.free_bytes(),
+            predictor_bytes(model, moe_layers, self.settings),
         )
         self._checkpoint, self._store, self._moe_layers, self._dtype = checkpoint, store, moe_layers, dtype
         dense = [span for key, span in checkpoint.spans.items() if key not in spans.checkpoint_keys]
@@ -165,7 +170,7 @@ class ExpertFlowQuantizer(HfQuantizer):
             store,
             MoEShape(tuple(layer.num_experts for layer in self._moe_layers)),
             self._plan.num_slots,
-            policy=self.settings.policy,
+            policy=self.settings.policy or "lru",
             dtype=self._dtype,
             overlap=self.settings.overlap,
         )
@@ -178,6 +183,7 @@ class ExpertFlowQuantizer(HfQuantizer):
         loaded = LoadedExperts(cache, self._plan, self._checkpoint, self.settings, self._moe_layers)
         model.expertflow = cast(Any, loaded)  # torch's stubs know attributes that are tensors or modules only
         weakref.finalize(model, LoadedExperts.close, loaded)
+        self._predict(model, loaded)
         keep_pages_in_budget(model, self.settings)
         guard = _ContextGuard(self.settings)
         model.register_forward_pre_hook(guard, with_kwargs=True)
@@ -187,6 +193,20 @@ class ExpertFlowQuantizer(HfQuantizer):
             model.generation_config.prefill_chunk_size = self.settings.prefill_chunk
             run_whole_without_cache(model, self.settings)
         return model
+
+    def _predict(self, model: PreTrainedModel, loaded: LoadedExperts) -> None:
+        try:
+            loaded.predicting = predicting = new_predicting(model, loaded)
+        except BaseException:
+            loaded.close()
+            raise
+        if predicting is None:
+            return
+        for layer in self._moe_layers:
+            experts: Any = model.get_submodule(layer.name)
+            experts.expertflow.predicting = predicting
+        seq2seq = model.config.is_encoder_decoder
+        predicting.listen(model.get_encoder() if seq2seq else None, model.get_decoder() if seq2seq else model)
 
     def is_serializable(self) -> bool:
         """Asked by save_pretrained, which then raises and refers to the log for the reason."""

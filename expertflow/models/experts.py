@@ -18,6 +18,7 @@ from expertflow.models.products import linear, weight_first
 
 if TYPE_CHECKING:
     from expertflow.models.lookahead import LookAhead
+    from expertflow.models.predicting import Predicting
 
 
 # (layer, index_TK, weight_TK), as run_experts gets them; to be read, not changed.
@@ -34,6 +35,7 @@ class Attachment:
     stored_transposed: frozenset[str] = frozenset()
     look_ahead: LookAhead | None = None  # what predicts the next layer
     recorder: Recorder | None = None  # is told every routing of this layer (capture.py)
+    predicting: Predicting | None = None  # who asks a predictor, and wants to know of every layer
     products: Products | None = None  # made at the first call
 
 
@@ -61,6 +63,8 @@ def run_experts(
     assert attachment.cache is not None, "a forward pass before the weights were loaded"
     if attachment.recorder is not None:
         attachment.recorder(attachment.layer, index_TK, weight_TK)
+    if attachment.predicting is not None:
+        attachment.predicting.routed(attachment.layer, index_TK)
     if num_tokens == 0:
         return hidden_TD.clone()
     chosen = index_TK.reshape(-1).tolist()
@@ -134,17 +138,20 @@ def _arriving(attachment: Attachment, hidden_TD: Tensor, experts: list[int]) -> 
     """The open layer's experts as they become ready; the next layer's are predicted meanwhile."""
     assert attachment.cache is not None
     arriving = attachment.cache.open_layer(attachment.layer, experts)
-    if attachment.look_ahead is None:
+    if attachment.look_ahead is None and attachment.predicting is None:
         return arriving
-    return _looking_ahead(attachment.cache, attachment.look_ahead, hidden_TD, arriving)
+    return _looking_ahead(attachment, hidden_TD, arriving)
 
 
 def _looking_ahead(
-    cache: ExpertCache, look_ahead: LookAhead, hidden_TD: Tensor, arriving: Iterator[tuple[int, Weights]]
+    attachment: Attachment, hidden_TD: Tensor, arriving: Iterator[tuple[int, Weights]]
 ) -> Iterator[tuple[int, Weights]]:
     first = next(arriving)  # after this layer's demands went out, before anything is computed
-    if predicted := look_ahead.predict(hidden_TD):
-        cache.prefetch(predicted)
+    if attachment.predicting is not None:
+        attachment.predicting.look_ahead(attachment.layer, hidden_TD)
+    if attachment.look_ahead is not None and (predicted := attachment.look_ahead.predict(hidden_TD)):
+        assert attachment.cache is not None
+        attachment.cache.prefetch(predicted)
     yield first
     yield from arriving
 

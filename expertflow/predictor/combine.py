@@ -176,6 +176,10 @@ class Combination:
         p_NM1E = torch.cat([self._p_NMLE[:, :, after], p_NE[:, None]], dim=1)[:, :, None]
         return self.during.mix(p_NM1E, self._kind_N, after)[:, 0]
 
+    def forget(self) -> None:
+        """The pass that was predicted last will not be observed."""
+        self._p_NMLE = self._ahead_NLE = None
+
     def observe_pass(self, context: PathContext, routes_BSLK: Tensor) -> None:
         real_N = _real(context)
         truth_NLE = multi_hot(routes_BSLK.flatten(0, 1)[real_N], self.num_experts)

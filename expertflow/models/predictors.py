@@ -1,0 +1,137 @@
+"""The predictor of a setting: none, the online one, or a trained one from its folder; and what it takes in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from expertflow.cache.policies import POLICIES
+from expertflow.config import Settings
+from expertflow.models.fingerprint import fingerprint
+from expertflow.models.predicting import MakePredictor, Predicting
+from expertflow.models.routers import decoder_layers, router_products
+from expertflow.models.spans import MoELayer
+from expertflow.predictor.layer_baselines import GateLookAhead
+from expertflow.predictor.model import RoutingPathPredictor
+from expertflow.predictor.protocol import LayerPredictor
+from expertflow.predictor.serving import ServingPredictor
+from expertflow.predictor.storage import (
+    LOOK_AHEAD,
+    has_look_ahead,
+    load_look_ahead,
+    load_predictor,
+    read_description,
+)
+
+if TYPE_CHECKING:
+    from expertflow.models.attach import LoadedExperts
+
+logger = logging.getLogger(__name__)
+
+
+def check_predictor(settings: Settings) -> None:
+    """ValueError for a predictor that is not there, and for one that the policy would not listen to."""
+    if settings.predictor == "none":
+        return
+    assert settings.policy is not None, "Settings chooses one"
+    if not POLICIES[settings.policy].looks_ahead:
+        listening = ", ".join(sorted(name for name, policy in POLICIES.items() if policy.looks_ahead))
+        raise ValueError(
+            f"policy={settings.policy!r} makes no use of predictor={settings.predictor!r}; leave the policy out, or "
+            f"use one that looks ahead: {listening}"
+        )
+    if settings.predictor == "online":
+        return
+    if not Path(settings.predictor).is_dir():
+        raise ValueError(
+            f"predictor={settings.predictor!r} is neither 'none', 'online' nor a folder; make one with "
+            f"`expertflow train-predictor`"
+        )
+    read_description(settings.predictor)
+
+
+def predictor_bytes(model: PreTrainedModel, moe_layers: Sequence[MoELayer], settings: Settings) -> int:
+    """What `new_predicting` will hold. model: may be on meta."""
+    if settings.predictor == "none":
+        return 0
+    layers = decoder_layers(model, moe_layers)
+    nbytes = ServingPredictor.num_bytes(len(layers), max(layer.num_experts for layer in layers))
+    for layer in layers:
+        try:
+            ((weight, _),) = router_products(model, [layer])
+        except ValueError:
+            continue
+        nbytes += 4 * weight.numel()
+    if settings.predictor != "online":
+        nbytes += int(read_description(settings.predictor)["bytes"])
+        if has_look_ahead(settings.predictor):
+            nbytes += (Path(settings.predictor) / LOOK_AHEAD).stat().st_size
+    return nbytes
+
+
+def new_predicting(model: PreTrainedModel, loaded: LoadedExperts) -> Predicting | None:
+    """Who asks the predictor of the settings, not hooked up yet; None where nothing is to be predicted.
+
+    Raises ValueError for a predictor of another model, and for damaged ones.
+    """
+    settings, cache = loaded.settings, loaded.cache
+    if settings.predictor == "none":
+        return None
+    layers = decoder_layers(model, loaded.moe_layers)
+    trained, digits = None, ""
+    if settings.predictor != "online":
+        digits = fingerprint(model)
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a seed set before loading must give the answers it would give
+            trained = load_predictor(settings.predictor, digits)
+    if cache.num_slots >= cache.shape.num_experts or not layers:
+        return None  # nothing is ever read twice
+    with torch.random.fork_rng(devices=[]):
+        ahead = _look_ahead(model, layers, settings, digits)
+    return Predicting(
+        cache,
+        settings.predictor,
+        _maker([layer.num_experts for layer in layers], trained, ahead),
+        source_layers=len(loaded.moe_layers) - len(layers),
+    )
+
+
+_Products = tuple[list[Tensor], list[Tensor | None]]
+
+
+def _look_ahead(
+    model: PreTrainedModel, layers: Sequence[MoELayer], settings: Settings, digits: str
+) -> _Products | LayerPredictor | None:
+    """The tuned one; or what an untrained one is made of, once it is known how many experts a token takes."""
+    try:
+        products = router_products(model, layers)
+    except ValueError as error:
+        logger.info("no look-ahead: %s", error)
+        return None
+    weight_LED, bias_LE = [weight for weight, _ in products], [bias for _, bias in products]
+    if settings.predictor != "online" and has_look_ahead(settings.predictor):
+        return load_look_ahead(settings.predictor, weight_LED, bias_LE, digits)
+    if len({len(weight) for weight in weight_LED}) > 1:
+        return None  # the mixture has one width
+    return weight_LED, bias_LE
+
+
+def _maker(
+    experts_L: list[int], trained: RoutingPathPredictor | None, ahead: _Products | LayerPredictor | None
+) -> MakePredictor:
+    def make(top_k: int) -> ServingPredictor:
+        asked = (
+            GateLookAhead(ahead[0], top_k, [None if bias is None else bias.float() for bias in ahead[1]])
+            if isinstance(ahead, tuple)
+            else ahead
+        )
+        return ServingPredictor(len(experts_L), max(experts_L), top_k, trained, asked)
+
+    return make

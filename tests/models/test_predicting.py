@@ -1,0 +1,261 @@
+"""Prefetch by prediction in a running model: no predictor changes a bit, and the right ones are listened to."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from expertflow.models.attach import ExpertFlowConfig
+from expertflow.models.capture import count_source_layers
+from expertflow.models.fingerprint import fingerprint
+from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
+from expertflow.predictor.serving import Expected
+from expertflow.predictor.sizes import PredictorSizes
+from expertflow.predictor.storage import save_predictor
+from tests.families import FAMILIES, write_checkpoint
+
+PROMPTS = [[40, 41, 42, 43, 44, 45, 46, 47, 48], [60, 61, 62], [99]]
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("predicting")
+    return {name: write_checkpoint(name, root / name) for name in ("qwen2_moe", "switch")}
+
+
+def load(folder: Path, name: str, **settings: Any) -> PreTrainedModel:
+    auto = AutoModelForSeq2SeqLM if FAMILIES[name].seq2seq else AutoModelForCausalLM
+    settings = {"cache_size": 2, "batch": 6, **settings}
+    return auto.from_pretrained(folder, quantization_config=ExpertFlowConfig(**settings)).eval()
+
+
+def padded(left: bool) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, PROMPTS))
+    ids, mask = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
+    for row, prompt in enumerate(PROMPTS):
+        place = slice(longest - len(prompt), longest) if left else slice(0, len(prompt))
+        ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+    return ids, mask
+
+
+def answers(model: PreTrainedModel, name: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """(tokens, scores of each step) of a left-padded batch (an encoder's: right-padded)."""
+    ids, mask = padded(left=not FAMILIES[name].seq2seq)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+def trained_for(model: PreTrainedModel, folder: Path, arch: str) -> Path:
+    """A tiny predictor of this model, as random as it began."""
+    loaded: Any = model.expertflow
+    predicted = PredictedModel(
+        fingerprint(model),
+        "tiny",
+        loaded.cache.shape.experts_per_layer,
+        count_source_layers(model),
+        1 if model.config.is_encoder_decoder else 3,
+        model.config.vocab_size,
+    )
+    sizes = PredictorSizes(arch=arch, hidden=8, feed_forward=16, heads=2, next_use=arch == "causal")
+    save_predictor(folder, RoutingPathPredictor(sizes, predicted).compact(), {}, {})
+    return folder
+
+
+class Noise:
+    """Says anything of any pass and layer."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.layers = len(model.expertflow.moe_layers) - count_source_layers(model)  # type: ignore[union-attr]
+        self.experts = max(model.expertflow.cache.shape.experts_per_layer)  # type: ignore[union-attr]
+        self.draw = torch.Generator().manual_seed(0)
+        self.begun: list[Any] = []
+        self.ended: list[Any] = []
+        self.asked = 0
+
+    def begin(self, context: Any, origin_B: Any) -> Expected:
+        self.begun.append((context, origin_B))
+        p_LE = torch.rand(self.layers, self.experts, generator=self.draw)
+        p_LE[0, 0], later = float("nan"), p_LE * 20
+        return Expected(p_LE, later)
+
+    def ahead(self, layer: int, hidden_ND: Tensor, routes_NK: Tensor) -> Tensor | None:
+        self.asked += 1
+        assert len(hidden_ND) == len(routes_NK)
+        if layer + 1 == self.layers:
+            return None
+        return torch.rand(self.experts, generator=self.draw)
+
+    def end(self, context: Any, routes_BSLK: Tensor) -> None:
+        self.ended.append(routes_BSLK)
+
+    def forget(self) -> None:
+        pass
+
+
+def listen_to(model: PreTrainedModel, predictor: Any) -> Any:
+    predicting: Any = model.expertflow.predicting  # type: ignore[union-attr]
+    predicting._make = lambda top_k: predictor
+    return predicting
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "switch"])
+@pytest.mark.parametrize("kind", ["online", "causal", "paper", "noise", "failing"])
+def test_no_predictor_changes_a_bit(folders: dict[str, Path], name: str, kind: str, tmp_path: Path) -> None:
+    plain = load(folders[name], name)
+    tokens, logits = answers(plain, name)
+    setting = "online"
+    if kind in ("causal", "paper"):
+        setting = str(trained_for(plain, tmp_path / kind, kind))
+    model = load(folders[name], name, predictor=setting)
+    predicting: Any = model.expertflow.predicting  # type: ignore[union-attr]
+    if kind == "noise":
+        listen_to(model, Noise(model))
+    if kind == "failing":
+        failing = Noise(model)
+        failing.end = lambda context, routes: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        listen_to(model, failing)
+    for _ in range(2):
+        for each, expected in zip(answers(model, name), (tokens, logits), strict=True):
+            assert torch.equal(each, expected)
+    stats = predicting.stats
+    assert (stats.failed is not None) == (kind == "failing"), stats.failed
+    if kind != "failing":
+        # Noise speaks of prompts too; Switch's prompt is one token. The very first pass makes the predictor.
+        assert stats.passes == 2 * NEW - 1 if kind == "noise" or name == "switch" else 2 * (NEW - 1)
+        assert stats.needed > 0
+        assert stats.predict_seconds > 0
+        assert model.expertflow.cache.stats.prefetches > 0  # type: ignore[union-attr]
+
+
+def test_a_predictor_that_fails_says_so_once_and_is_not_asked_again(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(folders["qwen2_moe"], "qwen2_moe", predictor="online")
+    failing = Noise(model)
+
+    def ahead(*args: Any) -> None:
+        raise ArithmeticError("no number")
+
+    failing.ahead = ahead  # type: ignore[method-assign,assignment]
+    predicting = listen_to(model, failing)
+    with caplog.at_level(logging.WARNING):
+        answers(model, "qwen2_moe")
+        begun = len(failing.begun)
+        answers(model, "qwen2_moe")
+    assert len(failing.begun) == begun == 2, "the prompt, and the step in which it failed"
+    assert [record.message for record in caplog.records if "no number" in record.message][1:] == []
+    assert predicting.stats.failed == "ArithmeticError: no number"
+
+
+def test_it_follows_rows_and_tells_what_came_true(folders: dict[str, Path]) -> None:
+    model = load(folders["qwen2_moe"], "qwen2_moe", predictor="online")
+    heard = Noise(model)
+    listen_to(model, heard)
+    tokens, _ = answers(model, "qwen2_moe")
+    prompt, *steps = heard.begun
+    assert [
+        row[mask].tolist() for row, mask in zip(prompt[0].target_BT, prompt[0].target_mask_BT, strict=True)
+    ] == PROMPTS
+    assert len(steps) == NEW - 1
+    for number, (context, origin_B) in enumerate(steps):
+        assert origin_B.tolist() == [0, 1, 2]
+        assert context.num_new == 1
+        for row, prompt_ids in enumerate(PROMPTS):
+            known = context.target_BT[row][context.target_mask_BT[row]].tolist()
+            written = tokens[row, tokens.shape[1] - NEW :][: number + 1].tolist()
+            assert known == prompt_ids + written
+        before = context.routes_BTLK[:, -2]
+        assert torch.equal(before, heard.ended[number][:, -1])
+    assert heard.asked == heard.layers * (NEW - 1)
+
+
+def test_beams_that_change_places_keep_their_context(folders: dict[str, Path]) -> None:
+    plain = load(folders["qwen2_moe"], "qwen2_moe")
+    expected, _ = answers(plain, "qwen2_moe", num_beams=2)
+    model = load(folders["qwen2_moe"], "qwen2_moe", predictor="online")
+    heard = Noise(model)
+    listen_to(model, heard)
+    tokens, _ = answers(model, "qwen2_moe", num_beams=2)
+    assert torch.equal(tokens, expected)
+    origins = [origin_B for _, origin_B in heard.begun[1:]]
+    assert all(origin_B is not None for origin_B in origins)
+    assert any(origin_B.tolist() != list(range(6)) for origin_B in origins), (
+        "no beam moved: the test sees nothing"
+    )
+
+
+def test_passes_that_cannot_be_followed_run_without_a_forecast(folders: dict[str, Path]) -> None:
+    model = load(folders["qwen2_moe"], "qwen2_moe", predictor="online", batch=70)
+    heard = Noise(model)
+    predicting = listen_to(model, heard)
+    ids = torch.arange(5, 5 + 66)[:, None]
+    with torch.no_grad():
+        model(input_ids=ids)  # more rows than are followed
+        model(inputs_embeds=model.get_input_embeddings()(ids[:2]))
+        assert heard.begun == []
+        out = model(input_ids=ids[:2].T, use_cache=True)
+        out.past_key_values.crop(-1)
+        model(input_ids=ids[:1], past_key_values=out.past_key_values)
+    assert [origin_B for _, origin_B in heard.begun] == [None, None]
+    assert predicting.stats.failed is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"predictor": "online", "policy": "lru"}, "policy='lru' makes no use of predictor='online'"),
+        ({"predictor": "nowhere"}, "neither 'none', 'online' nor a folder"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExpertFlowConfig(**settings)
+
+
+def test_a_predictor_of_another_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = trained_for(load(folders["switch"], "switch"), tmp_path / "other", "causal")
+    with pytest.raises(ValueError, match="train a predictor on traces of this model"):
+        load(folders["qwen2_moe"], "qwen2_moe", predictor=str(other))
+
+
+def test_defaults_and_the_memory_of_a_predictor(folders: dict[str, Path]) -> None:
+    assert ExpertFlowConfig().settings.policy == "lru"
+    assert ExpertFlowConfig(predictor="online").settings.policy == "plec"
+    assert ExpertFlowConfig(predictor="online", policy="plec-paper").settings.policy == "plec-paper"
+    plain, model = (load(folders["qwen2_moe"], "qwen2_moe", predictor=p) for p in ("none", "online"))
+    assert plain.expertflow.predicting is None  # type: ignore[union-attr]
+    assert plain.expertflow.plan.predictor_bytes == 0  # type: ignore[union-attr]
+    plan = model.expertflow.plan  # type: ignore[union-attr]
+    assert plan.predictor_bytes > 16 << 20
+    assert ("predictor", plan.predictor_bytes) in [row[:2] for row in plan.rows()]
+    assert sum(row[1] for row in plan.rows()) == plan.total_bytes
+
+
+def test_a_closed_gate_stops_prefetching_and_asking(folders: dict[str, Path]) -> None:
+    model = load(folders["qwen2_moe"], "qwen2_moe", predictor="online")
+    heard = Noise(model)
+    predicting = listen_to(model, heard)
+    answers(model, "qwen2_moe")
+    begun, prefetches = len(heard.begun), model.expertflow.cache.stats.prefetches  # type: ignore[union-attr]
+    predicting.gate.on = False
+    counted = predicting.gate._passes
+    answers(model, "qwen2_moe")
+    assert len(heard.begun) == begun
+    assert model.expertflow.cache.stats.prefetches == prefetches  # type: ignore[union-attr]
+    assert predicting.gate._passes == counted + NEW - 1
