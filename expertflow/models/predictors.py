@@ -19,15 +19,8 @@ from expertflow.models.routers import decoder_layers, router_products
 from expertflow.models.spans import MoELayer
 from expertflow.predictor.layer_baselines import GateLookAhead
 from expertflow.predictor.model import RoutingPathPredictor
-from expertflow.predictor.protocol import LayerPredictor
 from expertflow.predictor.serving import ServingPredictor
-from expertflow.predictor.storage import (
-    LOOK_AHEAD,
-    has_look_ahead,
-    load_look_ahead,
-    load_predictor,
-    read_description,
-)
+from expertflow.predictor.storage import load_predictor, read_description
 
 if TYPE_CHECKING:
     from expertflow.models.attach import LoadedExperts
@@ -70,8 +63,6 @@ def predictor_bytes(model: PreTrainedModel, moe_layers: Sequence[MoELayer], sett
         nbytes += 4 * weight.numel()
     if settings.predictor != "online":
         nbytes += int(read_description(settings.predictor)["bytes"])
-        if has_look_ahead(settings.predictor):
-            nbytes += (Path(settings.predictor) / LOOK_AHEAD).stat().st_size
     return nbytes
 
 
@@ -84,17 +75,14 @@ def new_predicting(model: PreTrainedModel, loaded: LoadedExperts) -> Predicting 
     if settings.predictor == "none":
         return None
     layers = decoder_layers(model, loaded.moe_layers)
-    trained, digits = None, ""
+    trained = None
     if settings.predictor != "online":
-        digits = fingerprint(model)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a seed set before loading must give the answers it would give
-            trained = load_predictor(settings.predictor, digits)
+        # A seed set before loading must give the answers it would give.
+        with torch.random.fork_rng(devices=[]):
+            trained = load_predictor(settings.predictor, fingerprint(model))
     if cache.num_slots >= cache.shape.num_experts or not layers:
         return None  # nothing is ever read twice
-    with torch.random.fork_rng(devices=[]):
-        ahead = _look_ahead(model, layers, settings, digits)
+    ahead = _routers(model, layers)
     return Predicting(
         cache,
         settings.predictor,
@@ -106,32 +94,28 @@ def new_predicting(model: PreTrainedModel, loaded: LoadedExperts) -> Predicting 
 _Products = tuple[list[Tensor], list[Tensor | None]]
 
 
-def _look_ahead(
-    model: PreTrainedModel, layers: Sequence[MoELayer], settings: Settings, digits: str
-) -> _Products | LayerPredictor | None:
-    """The tuned one; or what an untrained one is made of, once it is known how many experts a token takes."""
+def _routers(model: PreTrainedModel, layers: Sequence[MoELayer]) -> _Products | None:
+    """What look-ahead is made of, once it is known how many experts a token takes."""
     try:
         products = router_products(model, layers)
     except ValueError as error:
         logger.info("no look-ahead: %s", error)
         return None
-    weight_LED, bias_LE = [weight for weight, _ in products], [bias for _, bias in products]
-    if settings.predictor != "online" and has_look_ahead(settings.predictor):
-        return load_look_ahead(settings.predictor, weight_LED, bias_LE, digits)
-    if len({len(weight) for weight in weight_LED}) > 1:
+    if len({len(weight) for weight, _ in products}) > 1:
         return None  # the mixture has one width
-    return weight_LED, bias_LE
+    return [weight for weight, _ in products], [bias for _, bias in products]
 
 
 def _maker(
-    experts_L: list[int], trained: RoutingPathPredictor | None, ahead: _Products | LayerPredictor | None
+    experts_L: list[int], trained: RoutingPathPredictor | None, ahead: _Products | None
 ) -> MakePredictor:
     def make(top_k: int) -> ServingPredictor:
-        asked = (
-            GateLookAhead(ahead[0], top_k, [None if bias is None else bias.float() for bias in ahead[1]])
-            if isinstance(ahead, tuple)
-            else ahead
-        )
+        asked = None
+        if ahead is not None:
+            weight_LED, bias_LE = ahead
+            asked = GateLookAhead(
+                weight_LED, top_k, [None if bias is None else bias.float() for bias in bias_LE]
+            )
         return ServingPredictor(len(experts_L), max(experts_L), top_k, trained, asked)
 
     return make

@@ -29,7 +29,7 @@ def router_products(model: PreTrainedModel, layers: Sequence[MoELayer]) -> list[
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] != layer.num_experts:
             raise ValueError(
                 f"the router of {layer.name} is no product with one weight per expert, so look-ahead cannot "
-                f"ask it; leave --model out"
+                f"ask it"
             )
         bias = getattr(router, "bias", None)
         found.append((weight.detach(), bias.detach() if isinstance(bias, Tensor) else None))
