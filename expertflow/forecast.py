@@ -27,6 +27,7 @@ from expertflow.hub_headers import cached_snapshot, fetch_hub_model
 from expertflow.measure import measure_copy_bandwidth, measure_disk, measure_machine, nearest_existing
 from expertflow.models.attach import register
 from expertflow.models.footprint import honoured_prefill, measure_model
+from expertflow.models.predictors import check_predictor, predictor_bytes
 from expertflow.models.skeleton import Skeleton, build_skeleton, unknown_architecture
 from expertflow.step_time import (
     TYPICAL_EXPONENT,
@@ -107,6 +108,7 @@ def plan_model(
         raise ValueError(f"past={past} must be at least 0 and below the context of {settings.context} tokens")
     for ratio in (hit_ratio, prefill_hit_ratio):
         check_hit_ratio(ratio if ratio is not None else 0.0)
+    check_predictor(settings)
     config, checkpoint, commit, fetched_bytes = _find(source, revision, endpoint)
     skeleton = build_skeleton(config, checkpoint)
     settings = honoured_prefill(skeleton.model, settings)
@@ -210,10 +212,11 @@ def _fit(skeleton: Skeleton, settings: Settings) -> tuple[MemoryPlan, bool]:
     model = measure_model(skeleton.model, skeleton.moe_layers, skeleton.slot_bytes, skeleton.staging_bytes)
     held = budget.process_bytes() + (skeleton.expert_bytes if settings.store == "ram" else 0)
     free = budget.free_bytes()
-    least = plan_memory(model, replace(settings, memory=None, cache_size=1e-9), held, free)
+    asked = predictor_bytes(skeleton.model, skeleton.moe_layers, settings)
+    least = plan_memory(model, replace(settings, memory=None, cache_size=1e-9), held, free, asked)
     if settings.cache_size is None and (_budget_bytes(settings) or free) < least.total_bytes:
         return replace(least, budget_bytes=_budget_bytes(settings) or free), False
-    return plan_memory(model, settings, held, free), True
+    return plan_memory(model, settings, held, free, asked), True
 
 
 def _prompt_hit_ratio(work: Work, memory: MemoryPlan, settings: Settings) -> float:

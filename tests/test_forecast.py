@@ -14,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from expertflow import forecast as forecast_module
 from expertflow import measure
@@ -23,6 +24,7 @@ from expertflow.cache.slots import SlotTable
 from expertflow.config import Settings
 from expertflow.core import ExpertId, MoEShape
 from expertflow.forecast import Forecast, plan_model, run_plan
+from expertflow.models.attach import ExpertFlowConfig
 from expertflow.step_time import (
     Machine,
     Multiplication,
@@ -279,6 +281,24 @@ def test_experts_in_ram_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         plan(folder, cache_size=2, store=store).memory.process_bytes for store in ("disk", "ram")
     )
     assert (on_disk, in_ram) == (1000, 1000 + 16 * 3 * 24 * 32 * 4)
+
+
+def test_a_predictor_takes_memory_and_its_setting_is_checked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast_module.budget, "process_bytes", lambda: 1000)
+    without, online = (plan(folder, cache_size=2, predictor=name).memory for name in ("none", "online"))
+    assert (without.predictor_bytes, online.predictor_bytes > 0) == (0, True)
+    assert online.total_bytes == without.total_bytes + online.predictor_bytes
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=ExpertFlowConfig(cache_size=2, predictor="online")
+    )
+    assert model.expertflow.plan.predictor_bytes == online.predictor_bytes
+    model.expertflow.close()
+    smallest = plan(folder, memory="1B", predictor="online").smallest_budget
+    assert smallest >= online.predictor_bytes + plan(folder, memory="1B").smallest_budget - (1 << 20)
+    with pytest.raises(ValueError, match="neither 'none', 'online' nor a folder"):
+        plan(folder, predictor="crystal-ball")
 
 
 # --- what users get wrong

@@ -101,7 +101,7 @@ class CachePlan:
     @property
     def quiet(self) -> bool:
         """Content, no prefetch under way, none to come: a layer that finds all it needs asks for no action."""
-        return not self._demands and not self._hints and not self._prefetching and not self.policy.looks_ahead
+        return not self._demands and not self._hints and not self._prefetching and self.policy.content
 
     def begin_pass(self, forecast: Forecast | None) -> list[Action]:
         """A pass over all layers begins, of which this is expected; None when nobody predicts."""

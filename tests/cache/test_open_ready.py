@@ -77,9 +77,9 @@ def test_a_layer_that_finds_everything_lets_a_policy_fetch_for_the_next(new_cach
     """The short way would count the layer later; a policy that looks ahead must hear of it now, while it computes."""
     cache = new_cache(4, policy="plec")
     consume(cache, 0, [0, 1])
-    assert not use(cache, 0, [0, 1])
     cache.begin_pass(Forecast([[0.0] * 6, [0.0] * 6, [0.0] * 5 + [1.0]], [[9.0] * 6] * 3))
     cache.wait_idle()
+    assert not use(cache, 0, [0, 1])
     consume(cache, 1, [0])
     opened = cache.open_layer(0, [0, 1])  # a new pass that nobody has announced: the forecast lapses
     next(opened)
@@ -93,6 +93,19 @@ def test_a_layer_that_finds_everything_lets_a_policy_fetch_for_the_next(new_cach
     assert cache.stats.prefetches == 2
     assert cache.stats.prefetches_useful == 1
     assert cache.stats.layers[1].hits == 1
+
+
+def test_a_policy_that_was_told_nothing_of_this_pass_takes_the_short_way(new_cache):
+    cache = new_cache(4, policy="plec")
+    consume(cache, 0, [0, 1])
+    assert use(cache, 0, [0, 1]), "nobody predicts at all"
+    cache.begin_pass(Forecast([[1.0] * 2 + [0.0] * 4] * 3))
+    assert not use(cache, 0, [0, 1])
+    cache.begin_pass(None)  # as while the gate is off
+    cache.wait_idle()
+    assert use(cache, 0, [0, 1])
+    cache.refine(1, [0.0] * 6)
+    assert not use(cache, 0, [0, 1])
 
 
 def test_use_is_remembered_when_a_victim_is_chosen(new_cache):
@@ -211,10 +224,10 @@ STEPS = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(STEPS, st.integers(3, 9))
-def test_any_mixture_of_both_ways_leaves_the_books_of_the_long_one(steps, num_slots):
+@given(STEPS, st.integers(3, 9), st.sampled_from(["lru", "lfu", "plec"]))
+def test_any_mixture_of_both_ways_leaves_the_books_of_the_long_one(steps, num_slots, policy):
     # Without overlap the order of events does not depend on when bytes arrive.
-    options = {"overlap": False, "record_events": True}
+    options = {"overlap": False, "record_events": True, "policy": policy}
     caches = [ExpertCache(FakeStore(SHAPE), SHAPE, num_slots, **options) for _ in range(2)]
     long_way, mixed = caches
     try:

@@ -126,6 +126,11 @@ class Policy(ABC):
         """The expert outside of `residents` to fetch next, or None to leave the link idle. Changes nothing."""
         return None
 
+    @property
+    def content(self) -> bool:
+        """Whether it will name no prefetch before it is told of a pass, or something better of a layer."""
+        return not self.looks_ahead
+
     def choose_prefetch_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
         """As choose_victim, for a prefetch of `wanted`: None also where whoever must go is needed sooner."""
         return self.choose_victim(offered, wanted)

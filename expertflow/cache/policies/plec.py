@@ -110,6 +110,7 @@ class NextUse(Policy):
         ]  # position of the next use, from this pass's start
         self._p: list[Sequence[float]] = [[] for _ in layers]
         self._later: Sequence[Sequence[float]] | None = None
+        self._foretold = False  # whether anything was said of this pass
         self._farthest: list[list[ExpertId] | None] = [None for _ in layers]  # residents, whom to evict first
         self._wishes: list[list[ExpertId] | None] = [None for _ in layers]
         for layer in layers:
@@ -128,6 +129,7 @@ class NextUse(Policy):
 
     def begin_pass(self, forecast: Forecast | None) -> None:
         self._layer = -1
+        self._foretold = forecast is not None
         self._later = forecast.later_LE if forecast is not None else None
         for layer in range(self.shape.num_layers):
             self._p[layer] = forecast.p_LE[layer] if forecast is not None else []
@@ -135,6 +137,7 @@ class NextUse(Policy):
 
     def refine(self, layer: int, p_E: Sequence[float]) -> None:
         self._p[layer] = p_E
+        self._foretold = True
         self._expect(layer)
 
     def layer_opened(self, layer: int, needed: Sequence[ExpertId]) -> None:
@@ -184,6 +187,10 @@ class NextUse(Policy):
                 if expert not in residents:
                     return expert
         return None
+
+    @property
+    def content(self) -> bool:
+        return not self._foretold
 
     def _wishes_of(self, layer: int) -> list[ExpertId]:
         wishes = self._wishes[layer]
