@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode_under_budget            # 9.4 GB checkpoint, 3.1 GB of memory
     python -m benchmarks.decode_under_budget --quick    # two layers, a minute
+    python -m benchmarks.decode_under_budget --llama-cpp DIR    # and llama.cpp, built there
 
 Also: everything resident against transformers' own experts implementations, and time to first token.
 Each system runs alone in a fresh process, in a memory cgroup where one can be made, page cache cold.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from benchmarks import llama_cpp
 from benchmarks.common import (
     QwenShape,
     console,
@@ -31,6 +33,13 @@ from benchmarks.common import (
 )
 
 MODULE = "benchmarks.decode_under_budget"
+# on-demand: without overlap of loads and arithmetic, no prediction. online: with the predictor that learns as it goes.
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "on-demand": {"overlap": False},
+    "online": {"predictor": "online"},
+}
+SYSTEMS = ("ours", "on-demand", "online", "accelerate", "llama.cpp", "resident")
 
 
 def parse() -> argparse.Namespace:
@@ -45,7 +54,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=None, help="decode steps measured per run (24)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=None, help="systems to run: ours accelerate resident")
+    parser.add_argument("--only", nargs="+", default=None, help=f"systems to run: {' '.join(SYSTEMS)}")
+    parser.add_argument(
+        "--llama-cpp", type=Path, default=None, help="a source tree of llama.cpp with a build in it"
+    )
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
@@ -66,7 +78,9 @@ def main() -> None:
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     # Two layers are so small that a third of them would not hold the interpreter.
     budget = nbytes // 3 if not options.quick else nbytes // 3 + 10**9
-    systems = options.only or ["ours", "accelerate", "resident"]
+    systems = options.only or [name for name in SYSTEMS if name != "llama.cpp" or options.llama_cpp]
+    if "llama.cpp" in systems and options.llama_cpp is None:
+        raise SystemExit("llama.cpp is to run: say with --llama-cpp where its source tree with a build is")
     runs: list[dict[str, Any]] = []
 
     def run(
@@ -94,6 +108,15 @@ def main() -> None:
         if "ours" in systems:
             run("ours", batch, budget)
             run("ours", batch, budget, "random")
+        for worker in ("on-demand", "online"):
+            if worker in systems:
+                run(worker, batch, budget, "random")
+        if "llama.cpp" in systems and batch == 1:
+            console.print("running llama.cpp, batch 1, random ...")
+            gguf = llama_cpp.convert(options.llama_cpp, folder)
+            result = llama_cpp.decode(options.llama_cpp, gguf, budget, tokens, options.threads)
+            console.print(f"  {json.dumps(result)}", soft_wrap=True)
+            runs.append({"worker": "llama.cpp", "batch": 1, "text": "random", **result})
         if "accelerate" in systems:
             run("accelerate", batch, budget, steps=max(4, tokens // 4))
     if "resident" in systems:
@@ -166,6 +189,19 @@ def judge(runs: list[dict[str, Any]], nbytes: int) -> tuple[dict[str, Any], dict
     if ours and accelerate:
         ratio = ours["tokens_per_s"] / accelerate["tokens_per_s"]
         targets["over_accelerate_batch_1"] = {"asked": 7.0, "got": ratio, "met": ratio >= 7}
+    random = find("ours", 1, True, "random")
+    for rival, asked in (("llama.cpp", 7.0), ("on-demand", 1.5)):
+        other = find(rival, 1, True, "random")
+        if random and other:
+            ratio = random["tokens_per_s"] / other["tokens_per_s"]
+            targets[f"over_{rival}_batch_1"] = {"asked": asked, "got": ratio, "met": ratio >= asked}
+    for online in (run for run in runs if run["worker"] == "online" and "error" not in run):
+        share = online["predict_s_per_step"] / online["step_s_median"]
+        targets[f"prediction_share_batch_{online['batch']}"] = {
+            "asked": 0.03,
+            "got": share,
+            "met": share < 0.03,
+        }
     for batch in sorted({run["batch"] for run in runs}):
         resident = find("ours", batch, False)
         rivals = [find(name, batch, False) for name in ("grouped_mm", "eager")]
@@ -184,7 +220,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     """One system in this process: load, prompt of 16 tokens, warm up, decode."""
     started = time.perf_counter()
     folder: Path = options.folder
-    if options.worker == "ours":
+    if options.worker in OURS:
         from expertflow.read_ahead import read_early
 
         read_early(folder)  # as `expertflow run` does, before the libraries are imported
@@ -192,11 +228,11 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(options.threads)
     imported = time.perf_counter()
-    if options.worker == "ours":
+    if options.worker in OURS:
         from expertflow.models.attach import ExpertFlowConfig
 
-        settings = {"memory": options.memory} if options.memory else {"cache_size": 60}
-        config = ExpertFlowConfig(context=256, batch=options.batch, **settings)
+        settings: dict[str, Any] = {"memory": options.memory} if options.memory else {"cache_size": 60}
+        config = ExpertFlowConfig(context=256, batch=options.batch, **settings, **OURS[options.worker])
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     elif options.worker == "accelerate":
         model = AutoModelForCausalLM.from_pretrained(
@@ -221,6 +257,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         for step in range(1 + warm_up + options.tokens):
             if experts and step == 1 + warm_up:
                 experts.cache.reset_stats()
+                if experts.predicting is not None:
+                    experts.predicting.reset_stats()
             began = time.perf_counter()
             out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
@@ -270,6 +308,10 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
             first_token_bytes=first_token_bytes,
             io_mode=stats.io_mode,
         )
+        if experts.predicting is not None:
+            prediction = experts.predicting.stats
+            result["predict_s_per_step"] = prediction.predict_seconds / options.tokens
+            result["prediction"] = prediction.to_dict()
         experts.close()
     return result
 

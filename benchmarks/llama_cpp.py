@@ -1,0 +1,86 @@
+"""llama.cpp beside ours: the same bf16 weights, converted by its own tool, on the same disk, in the same cgroup.
+
+It is not installed by anything here: build it (the sources are inside the sdist of llama-cpp-python as well) and give
+its folder with `--llama-cpp`:
+
+    cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target llama-bench
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import memory_limit
+
+# Checkpoints with random weights have no tokenizer, and speed does not depend on one.
+_CONVERT = """
+import runpy, sys
+sys.path[:0] = [{tree!r}, {tree!r} + "/gguf-py"]
+import convert_hf_to_gguf as tool
+tool.TextModel._set_vocab_gpt2 = tool.TextModel._set_vocab_none
+sys.argv = ["convert_hf_to_gguf.py", {folder!r}, "--outtype", "bf16", "--outfile", {out!r}]
+tool.main()
+"""
+
+
+def find_bench(tree: Path) -> Path:
+    """The built llama-bench of a source tree. SystemExit with the remedy when it is not there."""
+    binary = tree / "build" / "bin" / "llama-bench"
+    if not binary.is_file():
+        raise SystemExit(f"{binary} is not there; build llama.cpp in {tree} as benchmarks/llama_cpp.py says")
+    return binary
+
+
+def convert(tree: Path, folder: Path) -> Path:
+    """The checkpoint as GGUF beside it, written once."""
+    out = folder.with_suffix(".gguf")
+    if not out.exists():
+        partial = out.with_suffix(".part")
+        code = _CONVERT.format(tree=str(tree.resolve()), folder=str(folder), out=str(partial))
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        partial.rename(out)
+    return out
+
+
+def decode(
+    tree: Path, gguf: Path, memory: int | None, steps: int, threads: int, mmap: bool = True
+) -> dict[str, Any]:
+    """Decode `steps` tokens of one sequence after a warm-up, page cache cold, in a cgroup of `memory` bytes."""
+    with open(gguf, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = [
+        str(find_bench(tree)),
+        "-m",
+        str(gguf),
+        "-p",
+        "0",
+        "-n",
+        str(steps),
+        "-r",
+        "1",
+        "-t",
+        str(threads),
+    ]
+    command += ["--mmap", str(int(mmap)), "-o", "json"]
+    with memory_limit(memory) as group:
+        enter = group.enter if group is not None and group.available else None
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter, check=False)
+        peak = group.peak_bytes() if group is not None else None
+    if done.returncode != 0:
+        tail = done.stderr.strip().splitlines()[-3:]
+        return {"error": f"exit status {done.returncode}: {' | '.join(tail)}", "peak_bytes": peak}
+    (result,) = json.loads(done.stdout)
+    return {
+        "tokens_per_s": result["avg_ts"],
+        "first_token_s": 0.0,
+        "build": result["build_commit"],
+        "peak_bytes": peak,
+        "limit_bytes": memory,
+        "limit_enforced": enter is not None,
+    }
