@@ -45,6 +45,7 @@ class Mixture:
         # Running cross-entropy of the mixture (first) and of each part.
         self._loss_ML = torch.zeros(sources + 1, layers)
         self._judged = 0.0
+        self._speaker_L = [0] * layers
 
     def logits(self, p_NMLE: Tensor) -> Tensor:
         """x_NMLE: the logits of what the sources said, a row of ones for the bias; 0 where one is absent."""
@@ -58,7 +59,7 @@ class Mixture:
         weight_NLM = self.weight_LCM[layers][:, kind_N].transpose(0, 1)
         mixed = torch.einsum("nlm,nmle->nle", weight_NLM[..., :-1], logit) + weight_NLM[..., -1:]
         mixed = torch.sigmoid(mixed)
-        for index, best in enumerate(self.speaker_L()[layers].tolist()):
+        for index, best in enumerate(self._speaker_L[layers]):
             if best:
                 mixed[:, index] = p_NMLE[:, best - 1, index].float()
         return mixed
@@ -109,6 +110,7 @@ class Mixture:
         share = (1 - keep) / self._judged
         self._loss_ML = loss_ML if share == 1 else self._loss_ML + share * (loss_ML - self._loss_ML)
         self._loss_ML[1:][~self.present_ML] = float("inf")
+        self._speaker_L = self.speaker_L().tolist()
 
 
 class Combination:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,17 +29,28 @@ def inclusion_probability(logit_BE: Tensor, top_k: int) -> Tensor:
     experts = logit_BE.shape[-1]
     if top_k >= experts:
         return torch.ones_like(logit_BE)
-    best = logit_BE.topk(top_k + 1, dim=-1).values
-    bar_B1 = (best[..., top_k - 1 : top_k] + best[..., top_k : top_k + 1]) / 2
+    # numpy: these are a few hundred numbers at each layer of each pass, and torch takes twice as long to begin.
+    with np.errstate(all="ignore"):  # what is no number stays none
+        return torch.from_numpy(_inclusion(logit_BE.detach().numpy(), experts, top_k))
+
+
+def _inclusion(logit: np.ndarray, experts: int, top_k: int) -> np.ndarray:
+    best = -np.partition(-logit, (top_k - 1, top_k), axis=-1)
+    bar = (best[..., top_k - 1 : top_k] + best[..., top_k : top_k + 1]) / 2
+    wanted = math.log(top_k / (experts - top_k))
     for _ in range(_BAR_STEPS):
-        p_BE = torch.sigmoid(logit_BE - bar_B1)
-        total_B1 = p_BE.sum(-1, keepdim=True)
-        slope_B1 = (p_BE * (1 - p_BE)).sum(-1, keepdim=True).clamp(min=1e-6)
+        p = _sigmoid(logit - bar)
+        total = p.sum(-1, keepdims=True)
+        slope = np.maximum(total - (p * p).sum(-1, keepdims=True), 1e-6)
         # Newton's step on the log odds of the mean: one step solves it where all are small (a softmax).
-        odds_B1 = total_B1 / (experts - total_B1)
-        step_B1 = (odds_B1.log() - math.log(top_k / (experts - top_k))) * total_B1 * (experts - total_B1)
-        bar_B1 = bar_B1 + (step_B1 / experts / slope_B1).clamp(-_BAR_STRIDE, _BAR_STRIDE)
-    return torch.sigmoid(logit_BE - bar_B1)
+        rest = experts - total
+        step = (np.log(total / rest) - wanted) * total * rest / (experts * slope)
+        bar = bar + np.clip(step, -_BAR_STRIDE, _BAR_STRIDE)
+    return _sigmoid(logit - bar)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.maximum(x, -80)))
 
 
 class GateLookAhead:
@@ -56,14 +68,19 @@ class GateLookAhead:
         self.weight_LED = [weight.float() for weight in weight_LED]
         self.bias_LE = list(bias_LE) if bias_LE is not None else [None] * len(self.weight_LED)
         self.top_k = top_k
-        self.sharpness_L = [Sharpness(top_k) for _ in self.weight_LED]
-        self._said: tuple[int, Tensor] | None = None
+        self.sharpness = Sharpness(top_k, len(self.weight_LED))
+        self._said: dict[int, Tensor] = {}  # logit_BE by layer, of this pass
+        self._came: dict[int, Tensor] = {}  # routes_BK of the layers that were said
 
     def observe(self, layer: int, hidden_BD: Tensor | None, routes_BK: Tensor | None) -> Tensor | None:
-        if routes_BK is not None and self._said is not None and self._said[0] == layer:
-            self.sharpness_L[layer].learn(self._said[1], routes_BK)
-        self._said = None
+        if layer == 0:  # the pass before did not come to its end
+            self._said.clear()
+            self._came.clear()
+        if routes_BK is not None and layer in self._said:
+            self._came[layer] = routes_BK
         after = layer + 1
+        if after == len(self.weight_LED):
+            self._learn()
         if hidden_BD is None or after >= len(self.weight_LED):
             return None
         weight_ED = self.weight_LED[after]
@@ -73,12 +90,25 @@ class GateLookAhead:
                 f"{weight_ED.shape[1]}; both must come from one model"
             )
         logit_BE = F.linear(hidden_BD.float(), weight_ED, self.bias_LE[after])
-        self._said = (after, logit_BE)
-        return self.sharpness_L[after].probability(logit_BE)
+        self._said[after] = logit_BE
+        return self.sharpness.probability(after, logit_BE)
+
+    def _learn(self) -> None:
+        """The pass is over: all layers of one width at once."""
+        for width in {logit_BE.shape for logit_BE in self._said.values()}:
+            layers = [layer for layer in self._came if self._said[layer].shape == width]
+            for some in (layers[i : i + _LAYERS_AT_ONCE] for i in range(0, len(layers), _LAYERS_AT_ONCE)):
+                logit_MBE = torch.stack([self._said[layer] for layer in some])
+                self.sharpness.learn(some, logit_MBE, torch.stack([self._came[layer] for layer in some]))
+        self._said.clear()
+        self._came.clear()
+
+
+_LAYERS_AT_ONCE = 8  # more would save little time and take memory
 
 
 class Sharpness:
-    """The factor on a router's logits that has lately made them the best probabilities, of a few candidates.
+    """By layer, the factor on a router's logits that has lately made them the best probabilities, of a few candidates.
 
     Candidates are in units of the logits' own spread over the experts, so one list serves every model.
     """
@@ -88,30 +118,39 @@ class Sharpness:
     KEEP = 0.995  # by row, of the running losses
     MAX_ROWS = 32
 
-    def __init__(self, top_k: int):
+    def __init__(self, top_k: int, layers: int):
         self.top_k = top_k
-        self.relative = self.START
-        self._spread = 0.0
-        self._loss_C = torch.zeros(len(self.CANDIDATES))
-        self._seen = 0.0
+        self.relative_L = [self.START] * layers
+        self._spread_L = torch.zeros(layers)
+        self._loss_LC = torch.zeros(layers, len(self.CANDIDATES))
+        self._seen_L = torch.zeros(layers)
 
-    def probability(self, logit_BE: Tensor) -> Tensor:
-        spread = self._spread or float(logit_BE.std(-1).mean())
-        return inclusion_probability(logit_BE * (self.relative / max(spread, 1e-6)), self.top_k)
+    def probability(self, layer: int, logit_BE: Tensor) -> Tensor:
+        spread = float(self._spread_L[layer]) or float(logit_BE.std(-1).mean())
+        return inclusion_probability(logit_BE * (self.relative_L[layer] / max(spread, 1e-6)), self.top_k)
 
-    def learn(self, logit_BE: Tensor, routes_BK: Tensor) -> None:
-        """routes_BK: what the router chose where logit_BE had been said of it."""
-        picked = torch.linspace(0, len(logit_BE) - 1, min(len(logit_BE), self.MAX_ROWS)).long()
-        logit_BE, truth_BE = logit_BE[picked], multi_hot(routes_BK[picked], logit_BE.shape[-1])
-        keep = self.KEEP ** len(picked)
-        self._seen = self._seen * keep + (1 - keep)
-        share = (1 - keep) / self._seen
-        self._spread += share * (float(logit_BE.std(-1).mean()) - self._spread)
-        factor_C11 = torch.tensor(self.CANDIDATES)[:, None, None] / max(self._spread, 1e-6)
-        p_CBE = inclusion_probability(logit_BE * factor_C11, self.top_k).clamp(1e-3, 1 - 1e-3)
-        loss_CBE = F.binary_cross_entropy(p_CBE, truth_BE.expand(p_CBE.shape).float(), reduction="none")
-        self._loss_C += share * (loss_CBE.mean((1, 2)) - self._loss_C)
-        self.relative = self.CANDIDATES[int(self._loss_C.argmin())]
+    def learn(self, layers: list[int], logit_MBE: Tensor, routes_MBK: Tensor) -> None:
+        """routes_MBK: what the routers of these M layers chose where logit_MBE had been said of it."""
+        rows, experts = logit_MBE.shape[1:]
+        if rows > self.MAX_ROWS:
+            picked = torch.linspace(0, rows - 1, self.MAX_ROWS).long()
+            logit_MBE, routes_MBK = logit_MBE[:, picked], routes_MBK[:, picked]
+        truth_MBE = multi_hot(routes_MBK, experts).float()
+        keep = self.KEEP ** logit_MBE.shape[1]
+        seen_M = self._seen_L[layers] * keep + (1 - keep)
+        share_M = (1 - keep) / seen_M
+        spread_M = self._spread_L[layers]
+        spread_M = spread_M + share_M * (logit_MBE.std(-1).mean(-1) - spread_M)
+        factor_CM = torch.tensor(self.CANDIDATES)[:, None] / spread_M.clamp(min=1e-6)
+        p_CMBE = inclusion_probability(logit_MBE * factor_CM[..., None, None], self.top_k)
+        loss_CMBE = F.binary_cross_entropy(
+            p_CMBE.clamp(1e-3, 1 - 1e-3), truth_MBE.expand(p_CMBE.shape), reduction="none"
+        )
+        loss_MC = self._loss_LC[layers]
+        loss_MC = loss_MC + share_M[:, None] * (loss_CMBE.mean((2, 3)).T - loss_MC)
+        self._seen_L[layers], self._spread_L[layers], self._loss_LC[layers] = seen_M, spread_M, loss_MC
+        for layer, best in zip(layers, loss_MC.argmin(1).tolist(), strict=True):
+            self.relative_L[layer] = self.CANDIDATES[best]
 
 
 class PreGate(nn.Module):
