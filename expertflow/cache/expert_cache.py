@@ -25,6 +25,7 @@ from expertflow.cache.stats import CacheStats
 from expertflow.core import ExpertId, MoEShape
 from expertflow.store.layout import tensors
 from expertflow.store.protocol import ExpertStore
+from expertflow.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class ExpertCache:
         self._pinned_late: list[ExpertId] = []  # of the layer that open_ready holds, once the books know it
         self._broken: BaseException | None = None
         self._closed = False
+        self._timeline: Timeline | None = None
         self._loader = Loader(self.memory, self._condition, self._load_finished)
 
     @property
@@ -90,6 +92,15 @@ class ExpertCache:
         with self._condition:
             self._catch_up()
         return self._stats
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Who is told when the link was busy and when arithmetic waited; None: nobody."""
+        return self._timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline | None) -> None:
+        self._timeline = self._loader.timeline = timeline
 
     @property
     def events(self) -> list[tuple] | None:
@@ -170,7 +181,10 @@ class ExpertCache:
                     while (ready := self._next_ready(pending)) is None:
                         stalled = time.perf_counter()
                         self._condition.wait()
-                        counters.stall_seconds += time.perf_counter() - stalled
+                        going_on = time.perf_counter()
+                        counters.stall_seconds += going_on - stalled
+                        if self._timeline is not None:
+                            self._timeline.add("stall", f"layer {layer}", stalled, going_on)
                     current = ready
                     del pending[ready]
                 yield ready.expert, self._weights[ready]

@@ -20,6 +20,7 @@ from expertflow.core import ExpertId
 from expertflow.store.disk import Chunk
 from expertflow.store.layout import Placement, aligned_buffer, copy_parts, page_ceil, place_packed
 from expertflow.store.protocol import ExpertStore
+from expertflow.timeline import Timeline
 
 
 class SlotMemory:
@@ -94,6 +95,7 @@ class Loader:
         self._urgent: OrderedDict[ExpertId, _Job] = OrderedDict()
         self._prefetch: OrderedDict[ExpertId, _Job] = OrderedDict()
         self._closed = False
+        self.timeline: Timeline | None = None
         self.died_of: BaseException | None = None  # set when a bug of ours ended the thread
         # Casting needs the bytes as stored beside the slot. Two, since a demand may overtake a prefetch.
         # No third load is ever begun: urgent ones are done one by one, and prefetches wait for all of them.
@@ -172,7 +174,12 @@ class Loader:
                     copy_parts(job.staging, raw, self.memory.slot(job.slot), packed)
             except BaseException as caught:  # whatever it is, the layer that waits must hear of it
                 error = caught
-            job.read_seconds += time.perf_counter() - started
+            ended = time.perf_counter()
+            job.read_seconds += ended - started
+            if self.timeline is not None:
+                urgent = job.expert in self._urgent
+                layer, number = job.expert
+                self.timeline.add("link", f"{number} of layer {layer}", started, ended, urgent=urgent)
             if error is not None or job.next_chunk == len(job.chunks):
                 with self.condition:
                     # promote() may have moved it meanwhile.

@@ -21,6 +21,7 @@ from expertflow.cache import expert_cache
 from expertflow.cache.expert_cache import ExpertCache
 from expertflow.cache.policies import POLICIES, LayerLRU
 from expertflow.core import ExpertId, MoEShape
+from expertflow.timeline import Timeline
 
 SHAPE = MoEShape((6, 6, 6))
 
@@ -647,3 +648,25 @@ def test_a_layer_hears_of_a_loader_that_died(new_cache, monkeypatch):
     monkeypatch.setattr(cache.store, "chunks", lambda expert: Unreadable([None]))
     with pytest.raises(RuntimeError, match="loader thread died"):
         consume(cache, 0, [0])
+
+
+def test_a_timeline_hears_of_every_wait_and_of_every_read(new_cache):
+    cache = new_cache(3)
+    consume(cache, 0, [0])  # before anybody listens
+    cache.reset_stats()
+    cache.timeline = timeline = Timeline()
+    consume(cache, 0, [1, 2])
+    consume(cache, 1, [3])
+    cache.prefetch(at(2, 5))
+    cache.wait_idle()
+    reads = [span for span in timeline.spans if span.track == "link"]
+    assert {(span.name, span.detail["urgent"]) for span in reads} == {
+        ("1 of layer 0", True), ("2 of layer 0", True), ("3 of layer 1", True), ("5 of layer 2", False),
+    }  # fmt: skip
+    assert len(reads) == 4 * cache.store.num_chunks
+    assert sum(span.end - span.begin for span in reads) == pytest.approx(cache.stats.read_seconds)
+    waits = [span for span in timeline.spans if span.track == "stall"]
+    assert sum(span.end - span.begin for span in waits) == pytest.approx(cache.stats.stall_seconds)
+    cache.timeline = None
+    consume(cache, 2, [1])
+    assert len([span for span in timeline.spans if span.track == "link"]) == len(reads)
