@@ -235,11 +235,11 @@ class Engine:
     @contextmanager
     def _failing(self, unit: Unit) -> Iterator[None]:
         """An error within ends the unit's requests: its KV caches are in no known state. Ctrl-C and the like go on."""
+        rows = unit.members  # now: an error may come while somebody is on the way from one place to another
         try:
             with torch.no_grad():
                 yield
         except BaseException as error:
-            rows = unit.members
             unit.clear()
             for row in rows:
                 if (request := self._requests.get(id(row))) is not None:

@@ -53,7 +53,9 @@ class Submitted:
         self._wake()
 
     def output(self) -> RequestOutput:
-        """All answers. Raises what went wrong with this request, if anything did; it must be `done`."""
+        """All answers. Raises what went wrong with this request, if anything did. RuntimeError before it is `done`."""
+        if not self.done:
+            raise RuntimeError("the request is not done; step the engine until it is, or wait() for it")
         if self.error is not None:
             raise self.error
         return RequestOutput(self.prompt, self.prompt_ids, [row.output() for row in self.rows])
