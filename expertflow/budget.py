@@ -113,13 +113,14 @@ def plan_memory(
     settings give neither memory nor cache_size. Raises ValueError with the arithmetic and the smallest
     budget that works when fewer than two slots remain.
     """
-    tokens = settings.context * settings.batch
-    chunk = min(settings.prefill_chunk, settings.context) * settings.batch
-    kv_bytes = tokens * model.kv_bytes_per_token
+    kv_bytes = settings.context * settings.held * model.kv_bytes_per_token
+    # A chunk of prompts may run beside the newest tokens of the unit's other sequences (joint execution).
+    beside = settings.unit - settings.batch
+    at_once = min(settings.prefill_chunk, settings.context) * settings.batch + beside
     scratch_bytes = (
         SLACK_BYTES
-        + chunk * model.scratch_bytes_per_token
-        + settings.batch * model.scratch_bytes_per_sequence
+        + at_once * model.scratch_bytes_per_token
+        + settings.unit * model.scratch_bytes_per_sequence
         + model.num_experts * BOOKKEEPING_BYTES_PER_EXPERT
     )
     if settings.cache_size is not None:

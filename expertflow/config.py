@@ -25,7 +25,10 @@ class Settings:
         None, "experts kept per MoE layer on average (the paper's CS), instead of --memory"
     )
     context: int = setting(2048, "tokens per sequence (prompt and answer) that the KV cache may hold")
-    batch: int = setting(1, "sequences at once that the KV cache may hold")
+    batch: int = setting(1, "sequences that run through the model together")
+    sequences: int | None = setting(
+        None, "sequences at once that the KV cache may hold, in units of two batches; default: one batch"
+    )
     prefill_chunk: int = setting(512, "tokens of a prompt that run at once; fewer need less scratch memory")
     policy: str | None = setting(
         None,
@@ -65,11 +68,33 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.sequences is None:
+            object.__setattr__(self, "sequences", self.batch)
+        if (
+            isinstance(self.sequences, bool)
+            or not isinstance(self.sequences, int)
+            or self.sequences < self.batch
+        ):
+            raise ValueError(
+                f"sequences={self.sequences!r} must be a whole number of at least batch={self.batch}: what runs "
+                f"together must be held"
+            )
         if self.store not in ("disk", "ram"):
             raise ValueError(f"store={self.store!r} is unknown; use 'disk' or 'ram'")
         object.__setattr__(self, "predictor", str(self.predictor))
         if self.policy is None:
             object.__setattr__(self, "policy", "lru" if self.predictor == "none" else "plec")
+
+    @property
+    def held(self) -> int:
+        """`sequences`, which is never None once it has been checked."""
+        assert self.sequences is not None
+        return self.sequences
+
+    @property
+    def unit(self) -> int:
+        """Sequences of a unit: two batches, or what is held if that is less."""
+        return min(self.held, 2 * self.batch)
 
     @classmethod
     def names(cls) -> list[str]:

@@ -340,7 +340,7 @@ def write_checkpoint(
     if name == "deepseek_moe":
         deepseek_moe.register()
     folder.mkdir(parents=True, exist_ok=True)
-    model = _random_model(family, seed)
+    model = random_model(family, seed)
     model.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides nn.Module.to from mypy
     state = revert_weight_conversion(model, model.state_dict())
     # Correction biases are float32 in published bf16 checkpoints.
@@ -387,7 +387,8 @@ def tiny_tokenizer(*, seq2seq: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def _random_model(family: Family, seed: int) -> PreTrainedModel:
+def random_model(family: Family, seed: int) -> PreTrainedModel:
+    """The model that write_checkpoint writes, float32, in eval mode."""
     config = AutoConfig.for_model(**family.config)
     assert isinstance(config, PreTrainedConfig)
     with torch.random.fork_rng(devices=[]):

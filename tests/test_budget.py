@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from expertflow import budget
+from expertflow.config import Settings, TraceSettings
 
 GIB = 2**30
 
@@ -55,3 +56,27 @@ def test_a_group_that_does_not_say_has_no_cache(group, stat):
 def test_no_limit_is_the_machines(group):
     group(".", "memory.max", "memory.current", "max", 6 * GIB, "")
     assert budget.free_bytes() == int(100 * GIB * 0.9)
+
+
+def planned(**settings):
+    model = budget.ModelBytes(1000, 8, 2, 100, 0, 10, 7, 3)
+    return budget.plan_memory(model, Settings(cache_size=1, context=50, **settings), 0, 0)
+
+
+def test_sequences_that_are_held_at_once_are_in_the_plan():
+    """A unit computes two batches at once, so scratch grows to that and no further; KV is for all of them."""
+    alone, unit, many = planned(batch=4), planned(batch=4, sequences=8), planned(batch=4, sequences=32)
+    assert (alone.kv_bytes, unit.kv_bytes, many.kv_bytes) == (4 * 50 * 10, 8 * 50 * 10, 32 * 50 * 10)
+    assert unit.scratch_bytes - alone.scratch_bytes == 4 * 7 + 4 * 3, "a token and the logits of each of 4 more"
+    assert many.scratch_bytes == unit.scratch_bytes
+
+
+def test_by_default_one_batch_is_held():
+    assert (Settings(batch=3).held, Settings(batch=3).unit, TraceSettings().held) == (3, 3, TraceSettings.batch)
+    assert (Settings(batch=3, sequences=5).unit, Settings(batch=3, sequences=50).unit) == (5, 6)
+
+
+@pytest.mark.parametrize("sequences", [0, 3, 4.0, True, "8"])
+def test_fewer_sequences_than_a_batch_are_refused(sequences):
+    with pytest.raises(ValueError, match=r"sequences=.* must be a whole number of at least batch=4"):
+        Settings(batch=4, sequences=sequences)

@@ -71,9 +71,9 @@ class LLM:
         self.settings: Settings = self.experts.settings
         self._default_params = _recommended_params(self.model)
         self._end_tokens = _end_tokens(self.model, self.tokenizer)
-        self._interrupts = Interrupts()
+        self.interrupts = Interrupts()
         for layer in self.experts.moe_layers:
-            self.model.get_submodule(layer.name).register_forward_pre_hook(self._interrupts.check)
+            self.model.get_submodule(layer.name).register_forward_pre_hook(self.interrupts.check)
         self.timing = Timing(load_seconds=time.perf_counter() - started)
 
     @property
@@ -99,7 +99,7 @@ class LLM:
 
         Every prompt is checked before the first is computed: ValueError names the one that does not fit.
         """
-        requests = self._requests(_as_prompts(prompts), sampling_params)
+        requests = self.checked_requests(_as_prompts(prompts), sampling_params)
         rows = [row for _, _, answers in requests for row in answers]
         for batch in _batches(rows, self.settings.batch, self.context):
             for _ in self._run(batch):
@@ -112,7 +112,7 @@ class LLM:
         self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
     ) -> Iterator[str]:
         """The answer to one prompt in pieces, as they become certain. Close the iterator to stop early."""
-        (_, _, rows), *more = self._requests(_as_prompts(prompt), sampling_params)
+        (_, _, rows), *more = self.checked_requests(_as_prompts(prompt), sampling_params)
         if more or len(rows) > 1:
             raise ValueError(f"stream gives one answer, not {max(len(rows), 1 + len(more))}; use generate")
         return self._stream(rows[0])
@@ -140,7 +140,7 @@ class LLM:
 
     def read_pairs(self, sources: Sequence[list[int]], targets: Sequence[list[int]]) -> None:
         """Run an encoder-decoder over token ids and their known answers (start token first), as one batch."""
-        read_pairs(self.model, sources, targets, self._pad_token, self._interrupts)
+        read_pairs(self.model, sources, targets, self.pad_token, self.interrupts)
 
     def reset_stats(self) -> None:
         self.experts.cache.reset_stats()
@@ -169,7 +169,7 @@ class LLM:
         timing.prompt_tokens += sum(len(row.prompt_ids) for row in rows)
         done = 0
         started = time.perf_counter()
-        for texts in decode(self.model, rows, self._pad_token, self._interrupts):
+        for texts in decode(self.model, rows, self.pad_token, self.interrupts):
             seconds = time.perf_counter() - started
             produced = sum(len(row.token_ids) for row in rows)
             timing.generated_tokens += produced - done
@@ -183,7 +183,7 @@ class LLM:
             yield texts
             started = time.perf_counter()
 
-    def _requests(
+    def checked_requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[str | None, list[int], list[Row]]]:
         """(text, token ids, rows) of each prompt, all checked."""
@@ -242,7 +242,7 @@ class LLM:
         return params.max_tokens or room
 
     @property
-    def _pad_token(self) -> int:
+    def pad_token(self) -> int:
         """Any id will do: padding is masked. The model's own, since some look for it by value."""
         for owner in (self.model.generation_config, self.model.config, self.tokenizer):
             if isinstance(token := getattr(owner, "pad_token_id", None), int):

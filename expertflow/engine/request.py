@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from expertflow.engine.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]  # abort: it was cancelled, or failed
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ class Row:
                 piece += self._finish("length", None)
         self.text += piece
         return piece
+
+    def abort(self) -> None:
+        """No more tokens will come. Nothing happens to an answer that has ended already."""
+        if self.finish_reason is None:
+            self.finish_reason = "abort"
 
     def output(self) -> CompletionOutput:
         assert self.finish_reason is not None, "this answer is not finished"

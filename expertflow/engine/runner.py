@@ -31,7 +31,7 @@ def decode(
     tokens in order until their capacity is full, so padding must come last.
     """
     seq2seq = model.config.is_encoder_decoder
-    input_ids_BT, mask_BT = _padded([row.prompt_ids for row in rows], pad_token, right=seq2seq)
+    input_ids_BT, mask_BT = padded([row.prompt_ids for row in rows], pad_token, right=seq2seq)
 
     def decode_loop(
         model: GenerativeModel,
@@ -69,7 +69,7 @@ def read_pairs(
     Padding is on the right on both sides: experts of limited capacity take tokens in order.
     """
     (source_BS, source_mask_BS), (target_BT, target_mask_BT) = (
-        _padded(sequences, pad_token, right=True) for sequences in (sources, targets)
+        padded(sequences, pad_token, right=True) for sequences in (sources, targets)
     )
     with interrupts.deferred():
         model(
@@ -81,7 +81,7 @@ def read_pairs(
         )
 
 
-def _padded(sequences: Sequence[Sequence[int]], pad_token: int, *, right: bool) -> tuple[Tensor, Tensor]:
+def padded(sequences: Sequence[Sequence[int]], pad_token: int, *, right: bool) -> tuple[Tensor, Tensor]:
     """(ids, mask), both [B, T], T the longest of the sequences."""
     longest = max(map(len, sequences))
     ids_BT = torch.full((len(sequences), longest), pad_token)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -70,7 +71,7 @@ class Capture:
     def __init__(self, num_experts: dict[Side, list[int]]):
         self.num_experts = num_experts  # by layer, of each stack
         self.passes: list[RoutedPass] = []
-        self._open: RoutedPass | None = None
+        self._open: dict[greenlet, RoutedPass] = {}  # passes that run together are several at once
 
     def take(self) -> list[RoutedPass]:
         """The passes since the last call."""
@@ -90,20 +91,21 @@ class Capture:
             mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         else:  # it covers the positions in the KV cache too
             mask_BT = mask[:, mask.shape[1] - ids_BT.shape[1] :].bool()
-        self._open = RoutedPass(side, ids_BT, mask_BT, self.num_experts[side])
+        self._open[getcurrent()] = RoutedPass(side, ids_BT, mask_BT, self.num_experts[side])
 
     def _record(self, index_TK: Tensor, weight_TK: Tensor) -> None:
-        if self._open is None:
+        routed = self._open.get(getcurrent())
+        if routed is None:
             raise ValueError("an experts layer ran outside of the model's forward pass; call the whole model")
-        assert index_TK.shape[0] == self._open.ids_BT.numel(), "the experts saw other tokens than the model"
-        self._open.routes_L.append(index_TK.detach())
-        self._open.weights_L.append(weight_TK.detach())
+        assert index_TK.shape[0] == routed.ids_BT.numel(), "the experts saw other tokens than the model"
+        routed.routes_L.append(index_TK.detach())
+        routed.weights_L.append(weight_TK.detach())
 
     def _end(self) -> None:
-        assert self._open is not None, "a forward pass that never began"
-        assert len(self._open.routes_L) == len(self._open.num_experts_L), "an experts layer did not run"
-        self.passes.append(self._open)
-        self._open = None
+        routed = self._open.pop(getcurrent(), None)
+        assert routed is not None, "a forward pass that never began"
+        assert len(routed.routes_L) == len(routed.num_experts_L), "an experts layer did not run"
+        self.passes.append(routed)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """transformers' continuous batching (`generate_batch`) inside the budget.
 
 Left alone it gives its paged KV cache nine tenths of the memory that is free. The budget has put KV for
-`batch` x `context` tokens aside: that is what the pages get.
+`sequences` x `context` tokens aside: that is what the pages get.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def keep_pages_in_budget(model: PreTrainedModel, settings: Settings) -> None:
 
 def pages_for(given: ContinuousBatchingConfig | None, settings: Settings) -> ContinuousBatchingConfig:
     """`given`, or transformers' defaults, with as many pages as the KV budget holds. ValueError if it asks for more."""
-    tokens = settings.batch * settings.context
+    tokens = settings.held * settings.context
     pages = given or ContinuousBatchingConfig()
     if given is None:
         # A request takes whole pages, so they are small against a context.
@@ -60,13 +60,13 @@ def pages_for(given: ContinuousBatchingConfig | None, settings: Settings) -> Con
         if pages.max_memory_percent is not None:
             raise ValueError(
                 f"max_memory_percent={pages.max_memory_percent} counts what is free and not the KV budget of "
-                f"{settings.batch} x {settings.context} tokens; give num_blocks, or leave both out"
+                f"{settings.held} x {settings.context} tokens; give num_blocks, or leave both out"
             )
         blocks = tokens // pages.page_size - _SPARE_BLOCKS
     if blocks < 1 or (blocks + _SPARE_BLOCKS) * pages.page_size > tokens:
         raise ValueError(
             f"{max(1, blocks)} block(s) of {pages.page_size} tokens and {_SPARE_BLOCKS} spare ones exceed the KV "
-            f"budget of {settings.batch} x {settings.context} tokens; load the model with a larger context= or "
+            f"budget of {settings.held} x {settings.context} tokens; load the model with a larger context= or "
             f"batch=, or use fewer or smaller blocks (num_blocks=, page_size=)"
         )
     # What is free was divided when the model was loaded: transformers need not leave four tenths of it alone.

@@ -6,14 +6,15 @@ layout from the module's flags, never from model names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from expertflow.cache.expert_cache import ExpertCache, Weights
+from expertflow.models.meeting import in_meeting, meet
 from expertflow.models.products import linear, weight_first
 
 if TYPE_CHECKING:
@@ -58,11 +59,54 @@ def run_experts(
     index_TK: expert ids; num_experts means "nowhere" and adds zero. multiply(rows_ND, weights) -> [N, D]
     is one expert on the tokens routed to it. Products land in a [T, K, D] buffer by position and are
     summed over K: summing in order of arrival would make the last bits depend on what was cached.
+    Passes that run together meet here, and an expert is opened once for all of them.
     """
-    num_tokens, top_k = index_TK.shape
-    assert attachment.cache is not None, "a forward pass before the weights were loaded"
     if attachment.recorder is not None:
         attachment.recorder(attachment.layer, index_TK, weight_TK)
+    if in_meeting():
+        call = _Call(attachment, hidden_TD, index_TK, weight_TK, multiply, together)
+        return meet(attachment.layer, _run_all, call)
+    return _run(attachment, hidden_TD, index_TK, weight_TK, multiply, together)
+
+
+class _Call(NamedTuple):
+    """One call of run_experts."""
+
+    attachment: Attachment
+    hidden_TD: Tensor
+    index_TK: Tensor
+    weight_TK: Tensor
+    multiply: Multiply
+    together: Together | None
+
+
+def _run_all(calls: list[_Call]) -> Sequence[Tensor]:
+    """The same layer of several passes, as one: their tokens one after the other."""
+    first = calls[0]
+    if len(calls) == 1:
+        return [_run(*first)]
+    assert all(call.attachment is first.attachment for call in calls), "passes of different models met"
+    sum_TD = _run(
+        first.attachment,
+        torch.cat([call.hidden_TD for call in calls]),
+        torch.cat([call.index_TK for call in calls]),
+        torch.cat([call.weight_TK for call in calls]),
+        first.multiply,
+        first.together,
+    )
+    return sum_TD.split([len(call.hidden_TD) for call in calls])
+
+
+def _run(
+    attachment: Attachment,
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    multiply: Multiply,
+    together: Together | None,
+) -> Tensor:
+    num_tokens, top_k = index_TK.shape
+    assert attachment.cache is not None, "a forward pass before the weights were loaded"
     if attachment.predicting is not None:
         attachment.predicting.routed(attachment.layer, index_TK)
     if num_tokens == 0:

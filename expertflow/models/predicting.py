@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from expertflow.cache.expert_cache import ExpertCache
 from expertflow.cache.gate import PayoffGate
 from expertflow.cache.policies.base import FARTHEST, Forecast
+from expertflow.models.meeting import in_meeting
 from expertflow.models.rows import MAX_ROWS, Followed, Rows
 from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.serving import Expected, PassPredictor
@@ -150,7 +151,7 @@ class Predicting:
         if self._pass is not None:  # it ended in an error
             self._pass = None
             self._rows.forget()
-        if self._stats.failed is not None:
+        if self._stats.failed is not None or in_meeting():
             return
         if not self.gate.open:
             self._rows.forget()

@@ -100,7 +100,7 @@ def test_padding_is_not_seen_by_the_penalty(llm: LLM, monkeypatch: pytest.Monkey
     """The tiny model's own padding token is never a candidate, so counting it would go unnoticed."""
     params = SamplingParams(temperature=0, max_tokens=12, repetition_penalty=1.5)
     (alone,) = llm.generate("x", params)
-    monkeypatch.setattr(LLM, "_pad_token", alone.outputs[0].token_ids[0])
+    monkeypatch.setattr(LLM, "pad_token", alone.outputs[0].token_ids[0])
     assert llm.generate(["The quick brown fox", "x"], params)[1].outputs == alone.outputs
 
 
@@ -258,7 +258,7 @@ def test_an_applications_own_handler_stays(llm: LLM) -> None:
     received = []
     before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
-        with llm._interrupts.deferred():
+        with llm.interrupts.deferred():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,0 +1,321 @@
+"""Engine: requests from any thread, decoded together by continuous batching.
+
+`submit` queues a request, `step` makes one decode step of one unit: sequences that are done leave, those that wait take
+their places in order of arrival, and the units take turns. One thread steps; the others submit, read and cancel.
+The arithmetic is batch.py's and unit.py's. Which token is taken belongs to (request, position) alone: sampler.py.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expertflow.engine.request import RequestOutput, Row
+from expertflow.engine.sampling import SamplingParams
+from expertflow.engine.submitted import OnText, Submitted
+from expertflow.engine.unit import EXECUTIONS, Execution, Outcome, Scheduler, Unit, arrival_order
+
+if TYPE_CHECKING:
+    from expertflow.engine.llm import LLM, Prompt
+
+
+@dataclass
+class EngineStats:
+    """Since the start or the last reset."""
+
+    execution: Execution
+    steps: int = 0
+    decode_rows: int = 0  # sequences that got a token in a decode step, over all steps
+    prompt_tokens: int = 0  # of prompts that were read to their end
+    generated_tokens: int = 0
+    finished: int = 0  # requests, by how they ended
+    cancelled: int = 0
+    failed: int = 0
+    regroupings: int = 0  # between steps, in which a scheduler moved a sequence that had a place
+    step_seconds: float = 0.0
+    waiting: int = 0  # answers in the queue now
+    running: int = 0  # answers that hold KV cache now
+
+    @property
+    def rows_per_step(self) -> float:
+        return self.decode_rows / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of answers, with the time for prompts included."""
+        return self.generated_tokens / self.step_seconds if self.step_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        more = {"rows_per_step": self.rows_per_step, "tokens_per_second": self.tokens_per_second}
+        return asdict(self) | more
+
+
+class Engine:
+    """Continuous batching over a loaded model.
+
+    Holds `settings.sequences` sequences in units of two batches of `settings.batch`. execution: "joint" loads an expert
+    once for all batches of a unit, "split" runs them one after the other. scheduler: who sits together, asked between
+    steps. clock: seconds, for deadlines. One engine at a time may use a model's KV budget.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        *,
+        execution: Execution = "joint",
+        scheduler: Scheduler = arrival_order,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        if execution not in EXECUTIONS:
+            raise ValueError(f"execution={execution!r} is unknown; use {' or '.join(map(repr, EXECUTIONS))}")
+        self._llm = llm
+        self._execution = execution
+        self._clock = clock
+        settings = llm.settings
+        self._units: list[Unit] = []
+        left = settings.held
+        while left > 0:
+            most = min(left, settings.unit)
+            self._units.append(Unit(llm.model, settings.batch, most, llm.pad_token, scheduler))
+            left -= most
+        self._turn = 0
+        self._requests: dict[int, Submitted] = {}  # by id of each of their rows, those not done
+        self._queue: deque[Row] = deque()
+        self._changed = threading.Condition()  # guards the queue and who is in it
+        self._stepping = threading.Lock()
+        self._closed = False
+        self._stats = EngineStats(execution)
+
+    @property
+    def stats(self) -> EngineStats:
+        with self._changed:
+            self._stats.waiting = len(self._queue)
+            self._stats.running = sum(len(unit.members) for unit in self._units)
+            self._stats.regroupings = sum(unit.regroupings for unit in self._units)
+        return self._stats
+
+    def reset_stats(self) -> None:
+        self._stats = EngineStats(self._execution)
+        for unit in self._units:
+            unit.regroupings = 0
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """In their turn; to be looked at between steps."""
+        return self._units
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_text: OnText | None = None,
+        deadline_seconds: float | None = None,
+    ) -> Submitted:
+        """Queue a prompt (text or token ids) and return at once. Thread-safe.
+
+        ValueError when it does not fit, for this request alone. on_text: is told new text in the thread that steps; if
+        it raises, this request fails. deadline_seconds: from now, after which it is cancelled.
+        """
+        ((text, ids, rows),) = self._llm.checked_requests([prompt], params)
+        expires = None if deadline_seconds is None else self._clock() + deadline_seconds
+        return self._enqueue(Submitted(text, ids, rows, on_text, expires, self._wake))
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Submit all, step until they are done, and return them in order. Every prompt is checked before the first.
+
+        The first error of any of them is raised, and then the others are cancelled.
+        """
+        checked = self._llm.checked_requests(prompts, params)
+        requests = [self._enqueue(Submitted(text, ids, rows, wake=self._wake)) for text, ids, rows in checked]
+        try:
+            for request in requests:
+                while not request.done:
+                    self.step()
+                request.output()
+        except BaseException:
+            for request in requests:
+                request.cancel()
+            raise
+        return [request.output() for request in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer to one prompt in pieces, stepping for it (and for all others). Close it to stop early."""
+        ((text, ids, rows),) = self._llm.checked_requests([prompt], params)
+        if len(rows) > 1:
+            raise ValueError(f"stream gives one answer, not {len(rows)}; use generate")
+        return self._stream(text, ids, rows)
+
+    def _stream(self, text: str | None, ids: list[int], rows: list[Row]) -> Iterator[str]:
+        texts: list[str] = []
+        request = self._enqueue(
+            Submitted(text, ids, rows, on_text=lambda answer, piece: texts.append(piece), wake=self._wake)
+        )
+        try:
+            while not request.done:
+                self.step()
+                yield from texts
+                texts.clear()
+            request.output()
+        finally:
+            request.cancel()
+
+    def step(self) -> bool:
+        """One decode step of the unit whose turn it is. False when there was nothing to do.
+
+        An error in the arithmetic ends the requests of that unit, which carry it, and not the engine; Ctrl-C is raised.
+        RuntimeError when another thread is at it.
+        """
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError("another thread is stepping this engine; step in one thread, submit in any")
+        try:
+            with self._llm.interrupts.deferred():
+                return self._step()
+        finally:
+            self._stepping.release()
+
+    def wait_for_work(self, timeout_seconds: float | None = None) -> bool:
+        """Return when there is something to do, or the engine is closed, or time is up; whether there is something."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._requests or self._closed, timeout_seconds)
+            return bool(self._requests)
+
+    def close(self) -> None:
+        """Cancel everything; nothing can be submitted any more. Not while another thread steps. Idempotent."""
+        with self._changed:
+            self._closed = True
+            for request in self._requests.values():
+                request.cancel()
+        self._leave()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _enqueue(self, request: Submitted) -> Submitted:
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the engine is closed; make a new one to submit to")
+            self._requests |= {id(row): request for row in request.rows}
+            self._queue.extend(request.rows)
+            self._changed.notify_all()
+        return request
+
+    def _step(self) -> bool:
+        self._leave()
+        self._admit()
+        unit = self._next_unit()
+        if unit is None:
+            return False
+        started = time.perf_counter()
+        with self._failing(unit):
+            decoding = sum(len(batch.members) for batch in unit.batches)
+            self._take(unit.step(self._execution))
+            unit.settle()
+            self._stats.steps += 1
+            self._stats.decode_rows += decoding
+        self._stats.step_seconds += time.perf_counter() - started
+        return True
+
+    @contextmanager
+    def _failing(self, unit: Unit) -> Iterator[None]:
+        """An error within ends the unit's requests: its KV caches are in no known state. Ctrl-C and the like go on."""
+        rows = unit.members  # now: an error may come while somebody is on the way from one place to another
+        try:
+            with torch.no_grad():
+                yield
+        except BaseException as error:
+            unit.clear()
+            for row in rows:
+                if (request := self._requests.get(id(row))) is not None:
+                    self._abort(request, error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _leave(self) -> None:
+        """Requests that were cancelled, or whose time is up, end here."""
+        now = self._clock()
+        with self._changed:
+            requests = list(dict.fromkeys(self._requests.values()))
+        for request in requests:
+            if request.cancelled or (request.expires is not None and now >= request.expires):
+                self._abort(request)
+        for unit in self._units:
+            if any(row.finish_reason is not None for row in unit.members):
+                with self._failing(unit):
+                    unit.settle()
+
+    def _admit(self) -> None:
+        with self._changed:
+            # Those that were cancelled, or failed by another answer of theirs.
+            self._queue = deque(row for row in self._queue if row.finish_reason is None)
+            for unit in self._units:
+                count = min(unit.room, len(self._queue))
+                if count:
+                    unit.admit([self._queue.popleft() for _ in range(count)])
+
+    def _next_unit(self) -> Unit | None:
+        for offset in range(len(self._units)):
+            turn = (self._turn + offset) % len(self._units)
+            if self._units[turn].members:
+                self._turn = turn + 1
+                return self._units[turn]
+        return None
+
+    def _take(self, outcomes: Sequence[Outcome]) -> None:
+        """Choose the next token of every sequence. What goes wrong with one request is that one's alone."""
+        for member, logits_V in outcomes:
+            row = member.row
+            request = self._requests.get(id(row))
+            if request is None or not member.alive:  # cancelled, or failed by another of its answers
+                continue
+            if not row.token_ids:
+                self._stats.prompt_tokens += len(row.prompt_ids)
+            try:
+                piece = row.push(member.choose(logits_V))
+                self._stats.generated_tokens += 1
+                request.tell(row, piece)
+            except Exception as error:
+                self._abort(request, error)
+                continue
+            if all(row.finish_reason is not None for row in request.rows):
+                self._stats.finished += 1
+                self._forget(request)
+                request.finish()
+
+    def _abort(self, request: Submitted, error: BaseException | None = None) -> None:
+        for row in request.rows:
+            row.abort()
+        if error is not None and not isinstance(error, Exception):
+            # Not to be raised in whatever thread waits for this request.
+            error, cause = (
+                RuntimeError("the engine was interrupted in the middle of a step; submit it again"),
+                error,
+            )
+            error.__cause__ = cause
+        if error is None:
+            self._stats.cancelled += 1
+        else:
+            self._stats.failed += 1
+        self._forget(request)
+        request.finish(error)
+
+    def _forget(self, request: Submitted) -> None:
+        with self._changed:
+            for row in request.rows:
+                self._requests.pop(id(row), None)

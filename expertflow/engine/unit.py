@@ -1,0 +1,190 @@
+"""Units: the batches whose decode steps belong together, and who sits where in them.
+
+A step of a unit runs its batches one after the other (`split`, the plain loop) or side by side, so that they meet at
+each MoE layer and an expert is loaded once for all (`joint`). A chunk of newcomers' prompts runs along with either.
+Between steps sequences that are done leave, those whose prompt is read take a place, and a scheduler may move others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from expertflow.engine.batch import Batch, LiveSequence, Prefill
+from expertflow.engine.request import Row
+from expertflow.engine.runner import GenerativeModel
+from expertflow.models.meeting import run_together
+from expertflow.scheduler.batch_state import positions_follow_cache
+from expertflow.scheduler.regroup import regroup
+
+Execution = Literal["joint", "split"]
+EXECUTIONS: tuple[Execution, ...] = ("joint", "split")
+
+
+@dataclass(frozen=True)
+class Seating:
+    """What a scheduler is asked about between two steps of a unit.
+
+    batches: who sits together now; those that left are gone already. joining: who needs a place, their prompts read.
+    At most `num_batches` batches of at most `rows` sequences. keep_apart: sequences must share a batch only with those
+    they began with, since the model takes positions from the length of the cache.
+    """
+
+    batches: list[list[LiveSequence]]
+    joining: list[LiveSequence]
+    rows: int
+    num_batches: int
+    keep_apart: bool
+
+
+# Who sits together from now on: everybody once, in any order, in batches that are not empty.
+Scheduler = Callable[[Seating], list[list[LiveSequence]]]
+
+
+def arrival_order(seating: Seating) -> list[list[LiveSequence]]:
+    """Everybody stays; newcomers fill the batches in order. The scheduler of `schedule=fixed`."""
+    batches = [list(batch) for batch in seating.batches]
+    joining = list(seating.joining)
+    if not seating.keep_apart:
+        for batch in batches:
+            room = seating.rows - len(batch)
+            batch += joining[:room]
+            joining = joining[room:]
+    while joining:
+        batches.append(joining[: seating.rows])
+        joining = joining[seating.rows :]
+    return batches
+
+
+class Outcome(NamedTuple):
+    """What a step has found for one sequence: logits for its next token."""
+
+    member: LiveSequence
+    logits_V: Tensor
+
+
+class Unit:
+    """At most two batches of `rows` sequences, `most` sequences in all."""
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        rows: int,
+        most: int,
+        pad_token: int,
+        scheduler: Scheduler = arrival_order,
+    ):
+        self._model = model
+        self._pad_token = pad_token
+        self.scheduler = scheduler
+        self.rows, self.most = rows, most
+        self.num_batches = -(-most // rows)
+        self.keep_apart = positions_follow_cache(model)
+        self.batches: list[Batch] = []
+        self.prefill: Prefill | None = None
+        self.regroupings = 0  # in which a scheduler moved somebody who had a place
+
+    @property
+    def members(self) -> list[Row]:
+        """All rows that hold memory here."""
+        reading = self.prefill.rows if self.prefill is not None else []
+        return [member.row for batch in self.batches for member in batch.members] + reading
+
+    @property
+    def room(self) -> int:
+        """How many sequences may join now; one group of newcomers is read at a time."""
+        if self.prefill is not None:
+            return 0
+        free = self.most - len(self.members)
+        if self.keep_apart:
+            free = free if len(self.batches) < self.num_batches else 0
+        return min(free, self.rows)
+
+    def admit(self, rows: Sequence[Row]) -> None:
+        """Have these read their prompts, from the next step on. No more than `room`."""
+        assert 0 < len(rows) <= self.room, "more sequences than there is room for"
+        self.prefill = Prefill(self._model, rows, self._pad_token)
+
+    def step(self, execution: Execution) -> list[Outcome]:
+        """One forward pass of every batch, and one chunk of the newcomers' prompts.
+
+        After an error the KV caches are in no known state: `clear` the unit.
+        """
+        passes: list[Callable[[], Tensor | None]] = [batch.decode for batch in self.batches]
+        if self.prefill is not None:
+            passes.append(self.prefill.advance)
+        if execution == "joint" and len(passes) > 1:
+            found = run_together(passes)
+        else:
+            found = [run() for run in passes]
+        members = [batch.members for batch in self.batches]
+        if self.prefill is not None:
+            members.append(self.prefill.members)
+        return [
+            Outcome(member, logits_V)
+            for together, logits_BV in zip(members, found, strict=True)
+            if logits_BV is not None
+            for member, logits_V in zip(together, logits_BV, strict=True)
+        ]
+
+    def settle(self) -> None:
+        """Between two steps: those that are done leave, those whose prompt is read take their places."""
+        if self.prefill is not None:
+            self.prefill.drop()
+            if not self.prefill.rows:
+                self.prefill = None
+        old = list(self.batches)
+        joining: list[LiveSequence] = []
+        if self.prefill is not None and self.prefill.finished:
+            joining = [member for member in self.prefill.members if member.alive]
+            if joining:
+                old.append(self.prefill.batch())
+            self.prefill = None
+        seated = [[member for member in batch.members if member.alive] for batch in self.batches]
+        self._seat(old, self._ask([batch for batch in seated if batch], joining))
+
+    def clear(self) -> None:
+        """Forget everybody."""
+        self.batches, self.prefill = [], None
+
+    def _ask(self, seated: list[list[LiveSequence]], joining: list[LiveSequence]) -> list[list[LiveSequence]]:
+        if not seated and not joining:
+            return []
+        seating = Seating(seated, joining, self.rows, self.num_batches, self.keep_apart)
+        wanted = self.scheduler(seating)
+        asked = [member for batch in seated for member in batch] + joining
+        named = [member for batch in wanted for member in batch]
+        if len(named) != len(asked) or set(named) != set(asked):
+            raise ValueError(f"the scheduler seated {len(named)} sequences where there are {len(asked)}")
+        if len(wanted) > self.num_batches or any(not 0 < len(batch) <= self.rows for batch in wanted):
+            raise ValueError(
+                f"the scheduler made batches of {[len(batch) for batch in wanted]} sequences; a unit has at most "
+                f"{self.num_batches} of 1 to {self.rows}"
+            )
+        self.regroupings += not _only_added(seated, wanted)
+        return wanted
+
+    def _seat(self, old: list[Batch], wanted: list[list[LiveSequence]]) -> None:
+        if [batch.members for batch in old] == wanted:
+            self.batches = old
+            return
+        place = {
+            member: (index, row)
+            for index, batch in enumerate(old)
+            for row, member in enumerate(batch.members)
+        }
+        layout = [[place[member] for member in batch] for batch in wanted]
+        states = regroup([batch.state for batch in old], layout) if layout else []
+        self.batches = [
+            Batch(self._model, members, state) for members, state in zip(wanted, states, strict=True)
+        ]
+
+
+def _only_added(seated: list[list[LiveSequence]], wanted: list[list[LiveSequence]]) -> bool:
+    """Whether everybody kept batch and order, newcomers behind them."""
+    return len(wanted) >= len(seated) and all(
+        batch[: len(before)] == before for before, batch in zip(seated, wanted, strict=False)
+    )

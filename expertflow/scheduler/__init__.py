@@ -1,0 +1,1 @@
+"""Token scheduling: which sequences share a batch, and moving what they carry from one batch to another."""
