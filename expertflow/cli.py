@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, g
 import typer
 
 from expertflow import __version__
-from expertflow.config import Settings, TraceSettings, Tracing, format_bytes
+from expertflow.config import BatchSettings, Settings, TraceSettings, Tracing, format_bytes
 from expertflow.engine.sampling import SamplingParams
 from expertflow.predictor.sizes import PredictorSizes, TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from expertflow.engine.batch_run import BatchProgress
     from expertflow.engine.llm import LLM
 
 DEFAULT_MAX_TOKENS = 256
@@ -64,6 +65,14 @@ ModelArgument = Annotated[
 ]
 RevisionOption = Annotated[
     str | None, typer.Option(help="branch, tag or commit of a hub model", show_default="main", metavar="NAME")
+]
+
+TimelineOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="save what ran when: .json for Perfetto (ui.perfetto.dev), .png or .svg for the last steps as a figure",
+    ),
 ]
 
 
@@ -120,6 +129,10 @@ _PANELS = {
 _NO_FLAG = {"n"}
 
 
+# Flags with more than the field's own name.
+_FLAG_NAMES = {"batch": ("--batch", "--batch-size")}
+
+
 def _flags(group: type[Any], panel: str) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(group)
     for entry in fields(group):
@@ -128,7 +141,8 @@ def _flags(group: type[Any], panel: str) -> Iterator[inspect.Parameter]:
         shown: str | bool = str(entry.default) if entry.default not in (None, ()) else False
         if panel == "Sampling":
             shown = _SAMPLING_DEFAULTS.get(entry.name, shown)
-        option = typer.Option(help=entry.metadata["help"], rich_help_panel=panel, show_default=shown)
+        names = _FLAG_NAMES.get(entry.name, ())
+        option = typer.Option(*names, help=entry.metadata["help"], rich_help_panel=panel, show_default=shown)
         yield inspect.Parameter(
             entry.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -198,6 +212,7 @@ def run(
     heatmap: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="draw how often each expert was used and read")
     ] = None,
+    timeline: TimelineOption = None,
 ) -> None:
     """Generate text with a model that is larger than its memory budget.
 
@@ -215,18 +230,10 @@ def run(
     """
     if system is not None and not chat:
         raise ValueError("--system is the first message of a conversation; add --chat, or leave it out")
-    for path in (stats_json, heatmap):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(
-                f"{path.absolute().parent} does not exist, so {path.name} cannot be written there"
-            )
-    if heatmap is not None:
-        from expertflow.report import require_matplotlib
-
-        require_matplotlib()
+    _check_can_write(stats_json, heatmap, timeline)
     SamplingParams(**sampling)  # before seconds of loading
     text = _read_prompt(prompt, file, chat)
-    with _load(model, revision, settings) as llm:
+    with _load(model, revision, settings) as llm, _timeline(llm, timeline):
         params = _sampling_params(llm, sampling)
         length_given = "max_tokens" in sampling
         try:
@@ -237,6 +244,34 @@ def run(
                 _write(llm, text, params, length_given)
         finally:
             _report(llm, stats, stats_json, heatmap)
+
+
+def _check_can_write(stats_json: Path | None, heatmap: Path | None, timeline: Path | None) -> None:
+    """Before seconds of loading and minutes of running."""
+    for path in (stats_json, heatmap, timeline):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"{path.absolute().parent} does not exist, so {path.name} cannot be written there"
+            )
+    if heatmap is not None or (timeline is not None and timeline.suffix != ".json"):
+        from expertflow.report import require_matplotlib
+
+        require_matplotlib()
+
+
+@contextlib.contextmanager
+def _timeline(llm: LLM, path: Path | None) -> Iterator[None]:
+    """Save what ran in this block, also when it was interrupted."""
+    if path is None:
+        yield
+        return
+    from expertflow.timeline import Timeline
+
+    llm.timeline = timeline = Timeline()
+    try:
+        yield
+    finally:
+        timeline.save(path)
 
 
 def _read_prompt(prompt: str | None, file: Path | None, chat: bool) -> str | None:
@@ -570,6 +605,118 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=_stderr(), disable=not sys.stderr.isatty()) as bar:
         shown = bar.add_task("recording", total=None)
         yield lambda done, total: bar.update(shown, completed=done, total=total)
+
+
+@app.command()
+@takes(settings=BatchSettings, sampling=SamplingParams)
+def batch(
+    requests: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="a request in each line")],
+    results: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", help="a result in each line, as they finish")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="a folder, or owner/name on the Hugging Face hub"
+        ),
+    ],
+    settings: dict[str, Any],
+    sampling: dict[str, Any],
+    execution: Annotated[
+        str,
+        typer.Option(
+            metavar="joint|split",
+            help="the batches of a unit side by side, sharing experts, or one after the other",
+        ),
+    ] = "joint",
+    revision: RevisionOption = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="print statistics and the memory plan at the end")
+    ] = False,
+    stats_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="save the statistics as JSON")
+    ] = None,
+    timeline: TimelineOption = None,
+) -> None:
+    """Answer a file of prompts, many at once.
+
+    A line is {"prompt": ...} or {"messages": [...]}, with "id" and sampling parameters where wanted, or a request of
+    OpenAI's batch format. Results come in the order in which they finish. A run that was killed continues when the
+    same command is given again. Leaves with 1 when lines failed: their results say why.
+
+    [bold]Examples[/bold]
+
+      expertflow batch prompts.jsonl answers.jsonl --model ./mixtral --memory 20GiB --batch-size 16
+
+      expertflow batch openai.jsonl out.jsonl -m ./qwen-chat --memory 6GiB --max-tokens 200 --temperature 0
+    """
+    _check_can_write(stats_json, None, timeline)
+    checked = BatchSettings(**settings)
+    SamplingParams(**sampling)
+    if requests.absolute() == results.absolute():
+        raise ValueError(f"{results} is the file of requests; give another name to the results")
+    from expertflow.engine.batch_results import BatchResults
+    from expertflow.engine.batch_run import BatchRun, sha256_of
+    from expertflow.engine.unit import EXECUTIONS
+
+    if execution not in EXECUTIONS:
+        raise ValueError(f"--execution {execution}: use {' or '.join(EXECUTIONS)}")
+    given = {"input_sha256": sha256_of(requests), "model": model, "revision": revision, "sampling": sampling}
+    settings = {**settings, "batch": checked.batch, "sequences": checked.sequences}
+    with (
+        BatchResults(results, given) as kept,
+        _load(model, revision, settings) as llm,
+        _timeline(llm, timeline),
+    ):
+        from expertflow.engine.engine import Engine
+
+        default_tokens = None if "max_tokens" in sampling else DEFAULT_MAX_TOKENS
+        with Engine(llm, execution=execution) as engine, _batch_progress() as progress:
+            run = BatchRun(llm, engine, requests, kept, _sampling_params(llm, sampling), default_tokens)
+            try:
+                run.run(progress)
+            except KeyboardInterrupt:
+                typer.echo(
+                    f"{run.state.done} of {run.state.total} lines done; the same command continues", err=True
+                )
+                raise
+        _report(llm, stats, stats_json, None)
+    state = run.state
+    typer.echo(
+        f"{results}: {state.total} lines, {state.answered_now} answered now with {state.tokens_now} tokens, "
+        f"{engine.stats.tokens_per_second:.3g} tokens/s"
+        + (f"; {state.failed} failed, their results say why" if state.failed else ""),
+        err=True,
+    )
+    if state.failed:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _batch_progress() -> Iterator[Callable[[BatchProgress], None]]:
+    """A bar of lines with tokens per second on terminals; elsewhere nothing."""
+    import time
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("answering"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=_stderr(), disable=not sys.stderr.isatty()) as bar:
+        shown = bar.add_task("answering", total=None, speed="")
+        started = time.perf_counter()
+
+        def show(state: BatchProgress) -> None:
+            speed = f"{state.tokens_now / (time.perf_counter() - started):.3g} tokens/s"
+            if state.failed:
+                speed += f", {state.failed} failed"
+            bar.update(shown, completed=state.done, total=state.total, speed=speed)
+
+        yield show
 
 
 @app.command("eval-predictor")

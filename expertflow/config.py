@@ -109,6 +109,21 @@ class TraceSettings(Settings):
 
 
 @dataclass(frozen=True)
+class BatchSettings(Settings):
+    """Settings, with many sequences at once: what counts is tokens per second of all."""
+
+    batch: int = setting(8, "sequences that run through the model together")
+    sequences: int | None = setting(
+        None, "sequences at once that the KV cache may hold, in units of two batches; default: one unit"
+    )
+
+    def __post_init__(self) -> None:
+        if self.sequences is None and isinstance(self.batch, int):
+            object.__setattr__(self, "sequences", 2 * self.batch)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
 class Tracing:
     """What `expertflow trace` records. Immutable; wrong values raise ValueError with the limit."""
 

@@ -64,7 +64,7 @@ def test_help_teaches_and_imports_no_torch() -> None:
             assert entry.metadata["help"].split()[0] in found.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "check", "trace", "stats", "demo"])
+@pytest.mark.parametrize("command", ["run", "batch", "plan", "check", "trace", "stats", "demo"])
 def test_every_command_has_help(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -105,6 +105,7 @@ SETTINGS = {
     "cache_size": ("2.5", 2.5),
     "context": ("77", 77),
     "batch": ("3", 3),
+    "sequences": ("7", 7),
     "prefill_chunk": ("9", 9),
     "policy": ("lru", "lru"),
     "predictor": ("online", "online"),
@@ -315,6 +316,83 @@ def test_plan_and_check_pass_their_flags(monkeypatch: pytest.MonkeyPatch) -> Non
             },
         ),
     ]
+
+
+def batch(folder: Path, lines: list[Any], tmp_path: Path, *arguments: object) -> Result:
+    requests = tmp_path / "in.jsonl"
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    small = ["--cache-size", 3, "--context", 64, *GREEDY]
+    return invoke("batch", requests, tmp_path / "out.jsonl", "--model", folder, *small, *arguments)
+
+
+def test_batch_answers_a_file(folder: Path, greedy: str, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("stats.json", "timeline.json")]
+    result = batch(
+        folder, ["Hello", {"prompt": ""}, "Bye"], tmp_path, "--stats-json", files[0], "--timeline", files[1]
+    )
+    assert result.exit_code == 1
+    assert "3 lines, 2 answered now with 20 tokens" in result.stderr
+    assert "1 failed, their results say why" in result.stderr
+    found = {line["id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert found["line-1"]["text"] == greedy
+    assert "prompt is empty" in found["line-2"]["error"]["message"]
+    assert json.loads(files[0].read_text())["cache"]["uses_LE"]
+    names = {event.get("cat") for event in json.loads(files[1].read_text())["traceEvents"]}
+    assert {"compute", "link"} <= names
+
+
+def test_batch_settings_reach_the_model(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def load(model: str, revision: str | None, settings: dict[str, Any]) -> None:
+        seen.append(settings)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(cli, "_load", load)
+    batch(folder, ["a"], tmp_path, "--batch-size", 3, "--predictor", "online")
+    batch(folder, ["a"], tmp_path, "--sequences", 40)
+    assert [(s["batch"], s["sequences"]) for s in seen] == [(3, 6), (8, 40)]
+    assert seen[0]["predictor"] == "online"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--execution", "sideways"], "--execution sideways: use joint or split"),
+        (["--sequences", "2"], "sequences=2 must be a whole number of at least batch=8"),
+        (["--temperature", "-1"], "temperature=-1.0 must be a number at least 0"),
+        (["--timeline", "no/such/folder/x.json"], "does not exist, so x.json cannot be written"),
+    ],
+)
+def test_batch_checks_before_loading(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = batch(folder, ["a"], tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_batch_files_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+    missing = invoke("batch", tmp_path / "no.jsonl", tmp_path / "out.jsonl", "--model", folder)
+    assert missing.exit_code == 2
+    assert "No such file" in missing.stderr
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('"a"\n')
+    same = invoke("batch", requests, requests, "--model", folder)
+    assert "is the file of requests" in same.stderr
+    (tmp_path / "out.jsonl").write_text("precious")
+    assert "exists and is no unfinished batch" in batch(folder, ["a"], tmp_path).stderr
+
+
+def test_run_saves_a_timeline(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert run(folder, "Hello", *GREEDY, "--timeline", path).exit_code == 0
+    names = [event["name"] for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert names.count("prompt") == 1
+    assert names.count("decode") == 9
 
 
 def test_demo_shows_a_sample_statistics_and_parity(folder: Path) -> None:

@@ -223,13 +223,16 @@ class Engine:
         if unit is None:
             return False
         started = time.perf_counter()
+        decoding = sum(len(batch.members) for batch in unit.batches)
         with self._failing(unit):
-            decoding = sum(len(batch.members) for batch in unit.batches)
             self._take(unit.step(self._execution))
             unit.settle()
             self._stats.steps += 1
             self._stats.decode_rows += decoding
-        self._stats.step_seconds += time.perf_counter() - started
+        ended = time.perf_counter()
+        self._stats.step_seconds += ended - started
+        if (timeline := self._llm.timeline) is not None:
+            timeline.add("compute", f"unit {self._units.index(unit)}", started, ended, decoding=decoding)
         return True
 
     @contextmanager

@@ -23,6 +23,7 @@ from expertflow.engine.runner import decode, read_pairs
 from expertflow.engine.sampling import SamplingParams
 from expertflow.engine.source import model_class, read_config, resolve_model
 from expertflow.models.attach import ExpertFlowConfig, LoadedExperts
+from expertflow.timeline import Timeline
 
 Message = Mapping[str, str]
 Prompt = str | list[int]
@@ -79,6 +80,15 @@ class LLM:
     @property
     def stats(self) -> CacheStats:
         return self.experts.cache.stats
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Who is told what this model did when; None: nobody. To be set between two requests."""
+        return self.experts.cache.timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline | None) -> None:
+        self.experts.cache.timeline = timeline
 
     @property
     def context(self) -> int:
@@ -170,7 +180,10 @@ class LLM:
         done = 0
         started = time.perf_counter()
         for texts in decode(self.model, rows, self.pad_token, self.interrupts):
-            seconds = time.perf_counter() - started
+            ended = time.perf_counter()
+            seconds = ended - started
+            if (timeline := self.timeline) is not None:
+                timeline.add("compute", "decode" if done else "prompt", started, ended, rows=len(rows))
             produced = sum(len(row.token_ids) for row in rows)
             timing.generated_tokens += produced - done
             if done:

@@ -287,7 +287,10 @@ class Predicting:
                 cause,
             )
         finally:
-            self._stats.predict_seconds += time.perf_counter() - began
+            ended = time.perf_counter()
+            self._stats.predict_seconds += ended - began
+            if (timeline := self.cache.timeline) is not None:
+                timeline.add("predict", self.name, began, ended)
 
 
 def _ids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
