@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from expertflow.engine.batch_run import BatchProgress
+    from expertflow.engine.engine import Engine
     from expertflow.engine.llm import LLM
 
 DEFAULT_MAX_TOKENS = 256
@@ -408,12 +409,14 @@ def _read_turn(interactive: bool) -> str | None:
         return None
 
 
-def _report(llm: LLM, stats: bool, stats_json: Path | None, heatmap: Path | None) -> None:
+def _report(
+    llm: LLM, stats: bool, stats_json: Path | None, heatmap: Path | None, engine: Engine | None = None
+) -> None:
     if not (stats or stats_json or heatmap):
         return
     from expertflow import report
 
-    found = report.collect(llm)
+    found = report.collect(llm, engine)
     if stats:
         _print_tables(found, _stderr())
     if stats_json is not None:
@@ -680,7 +683,7 @@ def batch(
                     f"{run.state.done} of {run.state.total} lines done; the same command continues", err=True
                 )
                 raise
-        _report(llm, stats, stats_json, None)
+        _report(llm, stats, stats_json, None, engine)
     state = run.state
     typer.echo(
         f"{results}: {state.total} lines, {state.answered_now} answered now with {state.tokens_now} tokens, "

@@ -16,13 +16,14 @@ from expertflow.config import format_bytes
 
 if TYPE_CHECKING:
     from expertflow.budget import MemoryPlan
+    from expertflow.engine.engine import Engine
     from expertflow.engine.llm import LLM
 
 _FORMAT = "expertflow-stats-1"
 
 
-def collect(llm: LLM) -> dict[str, Any]:
-    """Everything about a run so far, as plain JSON."""
+def collect(llm: LLM, engine: Engine | None = None) -> dict[str, Any]:
+    """Everything about a run so far, as plain JSON. engine: where requests ran through one."""
     plan, predicting = llm.experts.plan, llm.experts.predicting
     return {
         "format": _FORMAT,
@@ -35,6 +36,7 @@ def collect(llm: LLM) -> dict[str, Any]:
         "timing": llm.timing.to_dict(),
         "cache": llm.stats.to_dict(),
         "prediction": predicting.stats.to_dict() if predicting is not None else None,
+        "engine": engine.stats.to_dict() if engine is not None else None,
     }
 
 
@@ -119,10 +121,19 @@ def speed_table(report: dict[str, Any]) -> Table:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("loading the model", f"{timing['load_seconds']:.2f} s")
-    table.add_row("time to first token", f"{timing['first_token_seconds']:.2f} s")
-    table.add_row("prompt", f"{timing['prompt_tokens']} tokens in {timing['prefill_seconds']:.2f} s")
-    table.add_row("generated", f"{timing['generated_tokens']} tokens")
-    table.add_row("decoding", f"{timing['tokens_per_second']:.2f} tokens/s")
+    if engine := report.get("engine"):
+        table.add_row("prompts", f"{engine['prompt_tokens']} tokens")
+        table.add_row("generated", f"{engine['generated_tokens']} tokens in {engine['step_seconds']:.2f} s")
+        table.add_row("prompts and decoding", f"{engine['tokens_per_second']:.2f} tokens/s")
+        together = f"{engine['rows_per_step']:.1f} sequences, {engine['execution']}"
+        table.add_row("steps", f"{engine['steps']} of {together}")
+        if engine["regroupings"]:
+            table.add_row("regroupings", str(engine["regroupings"]))
+    else:
+        table.add_row("time to first token", f"{timing['first_token_seconds']:.2f} s")
+        table.add_row("prompt", f"{timing['prompt_tokens']} tokens in {timing['prefill_seconds']:.2f} s")
+        table.add_row("generated", f"{timing['generated_tokens']} tokens")
+        table.add_row("decoding", f"{timing['tokens_per_second']:.2f} tokens/s")
     if cache["prefetches"]:
         useful = f"{cache['prefetches_useful']} useful, " if "prefetches_useful" in cache else ""
         unused = f"{useful}{cache['prefetches_unused']} unused, {cache['cancelled']} cancelled"

@@ -134,7 +134,10 @@ def _draw(spans: list[Span], path: Path) -> None:
             if span.track == track
         ]
         axes.broken_barh(
-            bars, (row - 0.4, 0.8), facecolors=_COLOURS.get(track, _OTHER_COLOUR), edgecolor="white", lw=0.3
+            bars,
+            (row - 0.4, 0.8),
+            facecolors=_COLOURS.get(track, _OTHER_COLOUR),
+            edgecolor="white" if track == "compute" else "none",  # a border would hide what is short
         )
     for span in steps:
         middle = ((max(span.begin, start) + span.end) / 2 - start) * 1e3

@@ -336,7 +336,11 @@ def test_batch_answers_a_file(folder: Path, greedy: str, tmp_path: Path) -> None
     found = {line["id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert found["line-1"]["text"] == greedy
     assert "prompt is empty" in found["line-2"]["error"]["message"]
-    assert json.loads(files[0].read_text())["cache"]["uses_LE"]
+    saved = json.loads(files[0].read_text())
+    assert (saved["engine"]["generated_tokens"], saved["engine"]["finished"]) == (20, 2)
+    shown = invoke("stats", files[0]).output
+    assert "20 tokens in" in shown
+    assert "sequences, joint" in shown
     names = {event.get("cat") for event in json.loads(files[1].read_text())["traceEvents"]}
     assert {"compute", "link"} <= names
 
