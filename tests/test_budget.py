@@ -67,12 +67,18 @@ def test_sequences_that_are_held_at_once_are_in_the_plan():
     """A unit computes two batches at once, so scratch grows to that and no further; KV is for all of them."""
     alone, unit, many = planned(batch=4), planned(batch=4, sequences=8), planned(batch=4, sequences=32)
     assert (alone.kv_bytes, unit.kv_bytes, many.kv_bytes) == (4 * 50 * 10, 8 * 50 * 10, 32 * 50 * 10)
-    assert unit.scratch_bytes - alone.scratch_bytes == 4 * 7 + 4 * 3, "a token and the logits of each of 4 more"
+    assert unit.scratch_bytes - alone.scratch_bytes == 4 * 7 + 4 * 3, (
+        "a token and the logits of each of 4 more"
+    )
     assert many.scratch_bytes == unit.scratch_bytes
 
 
 def test_by_default_one_batch_is_held():
-    assert (Settings(batch=3).held, Settings(batch=3).unit, TraceSettings().held) == (3, 3, TraceSettings.batch)
+    assert (Settings(batch=3).held, Settings(batch=3).unit, TraceSettings().held) == (
+        3,
+        3,
+        TraceSettings.batch,
+    )
     assert (Settings(batch=3, sequences=5).unit, Settings(batch=3, sequences=50).unit) == (5, 6)
 
 

@@ -17,7 +17,9 @@ from expertflow import LLM, SamplingParams
 from expertflow.engine.engine import Engine
 from expertflow.engine.unit import LiveSequence, Seating
 from expertflow.models.capture import capture_routes
+from expertflow.models.rows import TAIL
 from tests.families import EOS, write_checkpoint
+from tests.models.test_predicting import Noise
 
 PROMPTS = ["Hello there", "The quick brown fox jumps over it", "x", "abc def", "Some more text to read", "zz"]
 PARAMS = [
@@ -476,3 +478,46 @@ def test_stats_count_what_happened(llm: LLM) -> None:
     engine.reset_stats()
     assert engine.stats.steps == 0
     assert EOS not in tokens(outputs)[0]
+
+
+@pytest.mark.parametrize("execution", ["joint", "split"])
+def test_predictors_follow_sequences_through_batches(
+    folders: Folders, alone: Callable[[str], list[list[int]]], execution: Any
+) -> None:
+    """A joint step is one pass to them: every sequence that decodes, wherever it sits, with what it has read before."""
+    with load(folders("qwen2_moe"), cache_size=1, predictor="online") as llm:
+        heard = Noise(llm.model)
+        predicting: Any = llm.experts.predicting
+        predicting._make = lambda top_k: heard
+        forecasts: list[Any] = []
+        begin_pass = llm.experts.cache.begin_pass
+        llm.experts.cache.begin_pass = lambda forecast: (forecasts.append(forecast), begin_pass(forecast))  # type: ignore[method-assign,assignment,return-value]
+        engine = Engine(llm, execution=execution)
+        requests = [engine.submit(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+        rows = [request.rows[0] for request in requests]
+        asked: list[set[int]] = []
+        while True:
+            before = len(heard.begun)
+            decoding = [member.row for batch in engine.units[0].batches for member in batch.members]
+            texts = [row.prompt_ids + row.token_ids for row in decoding]
+            if not engine.step():
+                break
+            contexts = [context for context, _ in heard.begun[before:] if context.num_new == 1 and decoding]
+            known = [
+                ids[mask].tolist()
+                for context in contexts
+                for ids, mask in zip(context.target_BT, context.target_mask_BT, strict=True)
+            ]
+            assert known == [text[-len(ids) :] for text, ids in zip(texts, known, strict=True)]
+            assert all(len(ids) == min(len(text), TAIL + 1) for text, ids in zip(texts, known, strict=True))
+            if execution == "joint":
+                assert len(heard.begun) == before + 1
+            asked.append({len(known)})
+        assert predicting.stats.failed is None
+        assert [row.token_ids for row in rows] == alone("qwen2_moe")
+        assert len(forecasts) == len(heard.begun)
+        assert len(heard.learnt) == (3 if execution == "joint" else 0), (
+            "prompts beside others; alone they are asked about"
+        )
+        assert len(set.union(*asked)) > 2, "sequences joined and left"
+        assert heard.asked > 0
