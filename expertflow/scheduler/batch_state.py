@@ -17,7 +17,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from expertflow.scheduler.carried import Axis, Carried
-from expertflow.scheduler.kv_tensors import TensorName, carried_by, objection, rebuilt
+from expertflow.scheduler.kv_tensors import TensorName, carried_by, lengths_seen, objection, rebuilt
+
+
+@dataclass
+class EncoderOutput(BaseModelOutput):
+    """What `forward` takes for an encoder's work done before; Switch and NLLB look for the router's logits."""
+
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +60,12 @@ class BatchState:
             raise ValueError("encoder_mask_BS has padding before a token; pad shorter sources on the right")
         if self.lengths_must_agree:
             check_lengths_agree(self.row_lengths()[Axis.TOKENS])
+        seen = lengths_seen(self.cache) - {self.mask_BT.shape[1]}
+        if seen:
+            raise ValueError(
+                f"mask_BT covers {self.mask_BT.shape[1]} positions and the cache has read {min(seen)}; a mask covers "
+                "the cached positions and not the next token"
+            )
         for name, part in self.tensors().items():
             _check_fits(name, part, self.num_rows, self.length(part.axis))
 
@@ -104,14 +117,14 @@ def supports(cache: Cache) -> bool:
 def positions_follow_cache(model: Any) -> bool:
     """Whether the model takes positions from the cache's length, with no way to tell it each sequence's own.
 
-    So do the sinusoids of NLLB's decoder. Switch has distances between columns only, which padding keeps.
+    So do the sinusoids of NLLB's decoder and Llama 4's attention temperature, in batches that transformers pads
+    too. Switch has distances between columns only, which padding keeps.
     """
+    config = model.config.get_text_config(decoder=True)
     accepts = inspect.signature(model.forward).parameters
     if not model.config.is_encoder_decoder:
-        return "position_ids" not in accepts
-    return "decoder_position_ids" not in accepts and not hasattr(
-        model.config, "relative_attention_num_buckets"
-    )
+        return "position_ids" not in accepts or bool(getattr(config, "attn_temperature_tuning", False))
+    return "decoder_position_ids" not in accepts and not hasattr(config, "relative_attention_num_buckets")
 
 
 def position_ids(state: BatchState) -> Tensor:
@@ -152,7 +165,7 @@ def model_kwargs_of(state: BatchState) -> dict[str, Any]:
     return kwargs | {
         "decoder_attention_mask": mask_BT,
         "attention_mask": state.encoder_mask_BS,
-        "encoder_outputs": BaseModelOutput(last_hidden_state=state.encoder_BSD),
+        "encoder_outputs": EncoderOutput(last_hidden_state=state.encoder_BSD),
     }
 
 
@@ -171,6 +184,5 @@ def _check_fits(name: TensorName, part: Carried, rows: int, length: int) -> None
         raise ValueError(f"the sequences of {name} share one memory; give it with .contiguous()")
     if part.num_columns != part.width(length):
         raise ValueError(
-            f"{name} has {part.num_columns} positions where the mask asks for {part.width(length)}; "
-            "a mask covers the cached positions and not the next token"
+            f"{name} has {part.num_columns} positions where its mask asks for {part.width(length)}"
         )
