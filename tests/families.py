@@ -56,7 +56,7 @@ class Family:
         return AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
 
 
-def _decoder_only(model_type: str, **fields: Any) -> dict[str, Any]:
+def decoder_only(model_type: str, **fields: Any) -> dict[str, Any]:
     common = {
         "model_type": model_type,
         "vocab_size": VOCAB_SIZE,
@@ -133,7 +133,7 @@ _LATENT_ATTENTION = {
     "v_head_dim": 8,
 }
 
-_DEEPSEEK_V3 = _decoder_only(
+_DEEPSEEK_V3 = decoder_only(
     "deepseek_v3", **_LATENT_ATTENTION, q_lora_rank=16, n_shared_experts=1, n_group=4, topk_group=2
 )
 
@@ -166,9 +166,9 @@ FAMILIES: dict[str, Family] = {
         seq2seq=True,
         weights="bin",
     ),
-    "mixtral": Family(_decoder_only("mixtral", num_local_experts=NUM_EXPERTS), moe_layers=2),
+    "mixtral": Family(decoder_only("mixtral", num_local_experts=NUM_EXPERTS), moe_layers=2),
     "qwen2_moe": Family(
-        _decoder_only(
+        decoder_only(
             "qwen2_moe",
             num_experts=NUM_EXPERTS,
             num_experts_per_tok=3,
@@ -178,7 +178,7 @@ FAMILIES: dict[str, Family] = {
         moe_layers=2,
     ),
     "deepseek_moe": Family(
-        _decoder_only(
+        decoder_only(
             "deepseek",
             num_hidden_layers=3,
             num_key_value_heads=4,
@@ -199,7 +199,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen3_moe": Family(
-        _decoder_only(
+        decoder_only(
             "qwen3_moe",
             num_experts=NUM_EXPERTS,
             num_experts_per_tok=3,
@@ -211,15 +211,15 @@ FAMILIES: dict[str, Family] = {
         ),
         moe_layers=2,
     ),
-    "olmoe": Family(_decoder_only("olmoe", num_experts=NUM_EXPERTS, num_experts_per_tok=3), moe_layers=2),
+    "olmoe": Family(decoder_only("olmoe", num_experts=NUM_EXPERTS, num_experts_per_tok=3), moe_layers=2),
     "deepseek_v2": Family(
-        _decoder_only("deepseek_v2", **_LATENT_ATTENTION, q_lora_rank=None, n_shared_experts=2), moe_layers=2
+        decoder_only("deepseek_v2", **_LATENT_ATTENTION, q_lora_rank=None, n_shared_experts=2), moe_layers=2
     ),
     "deepseek_v3": Family(_DEEPSEEK_V3, moe_layers=2),
     "deepseek_v3_mtp": Family(_DEEPSEEK_V3, moe_layers=2, extra_tensors=partial(_next_token_layer, layer=3)),
     # The published weights are MXFP4; this is the bf16 copy that fine-tuning tools write.
     "gpt_oss": Family(
-        _decoder_only(
+        decoder_only(
             "gpt_oss",
             num_local_experts=NUM_EXPERTS,
             num_experts_per_tok=3,
@@ -229,7 +229,7 @@ FAMILIES: dict[str, Family] = {
         moe_layers=2,
     ),
     "glm4_moe": Family(
-        _decoder_only(
+        decoder_only(
             "glm4_moe",
             num_hidden_layers=3,
             n_routed_experts=NUM_EXPERTS,
@@ -241,7 +241,7 @@ FAMILIES: dict[str, Family] = {
         moe_layers=2,
     ),
     "granitemoe": Family(
-        _decoder_only(
+        decoder_only(
             "granitemoe",
             num_local_experts=NUM_EXPERTS,
             num_experts_per_tok=3,
@@ -254,11 +254,11 @@ FAMILIES: dict[str, Family] = {
         moe_layers=2,
     ),
     "phimoe": Family(
-        _decoder_only("phimoe", num_local_experts=NUM_EXPERTS, attention_bias=True, lm_head_bias=True),
+        decoder_only("phimoe", num_local_experts=NUM_EXPERTS, attention_bias=True, lm_head_bias=True),
         moe_layers=2,
     ),
     "ernie4_5_moe": Family(
-        _decoder_only(
+        decoder_only(
             "ernie4_5_moe",
             num_hidden_layers=3,
             moe_num_experts=NUM_EXPERTS,
@@ -270,7 +270,7 @@ FAMILIES: dict[str, Family] = {
     ),
     # The published weights are FP8; this is a bf16 copy.
     "minimax_m2": Family(
-        _decoder_only(
+        decoder_only(
             "minimax_m2",
             num_local_experts=NUM_EXPERTS,
             num_experts_per_tok=3,
@@ -280,13 +280,13 @@ FAMILIES: dict[str, Family] = {
         moe_layers=2,
     ),
     "flex_olmo": Family(
-        _decoder_only("flex_olmo", num_experts=NUM_EXPERTS, num_experts_per_tok=3), moe_layers=2
+        decoder_only("flex_olmo", num_experts=NUM_EXPERTS, num_experts_per_tok=3), moe_layers=2
     ),
     "hunyuan_v1_moe": Family(
-        _decoder_only("hunyuan_v1_moe", num_experts=NUM_EXPERTS, moe_topk=3, head_dim=8), moe_layers=2
+        decoder_only("hunyuan_v1_moe", num_experts=NUM_EXPERTS, moe_topk=3, head_dim=8), moe_layers=2
     ),
     "lfm2_moe": Family(
-        _decoder_only(
+        decoder_only(
             "lfm2_moe",
             num_hidden_layers=3,
             num_dense_layers=1,
@@ -299,7 +299,7 @@ FAMILIES: dict[str, Family] = {
         moe_layers=2,
     ),
     "qwen3_next": Family(
-        _decoder_only(
+        decoder_only(
             "qwen3_next",
             num_experts=NUM_EXPERTS,
             num_experts_per_tok=3,
@@ -315,7 +315,7 @@ FAMILIES: dict[str, Family] = {
         moe_layers=2,
     ),
     "jamba": Family(
-        _decoder_only(
+        decoder_only(
             "jamba",
             num_hidden_layers=4,
             num_experts=NUM_EXPERTS,

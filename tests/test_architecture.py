@@ -44,6 +44,7 @@ DECIDE = (
     "core.py",
     "cache/slots.py",
     "cache/plan.py",
+    "scheduler/moves.py",
     *sorted(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "cache" / "policies").glob("*.py")),
 )
 EXECUTION = {

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expertflow.engine.batch import check_sequences_can_move
 from expertflow.engine.request import RequestOutput, Row
 from expertflow.engine.sampling import SamplingParams
 from expertflow.engine.submitted import OnText, Submitted
@@ -75,6 +76,7 @@ class Engine:
     ):
         if execution not in EXECUTIONS:
             raise ValueError(f"execution={execution!r} is unknown; use {' or '.join(map(repr, EXECUTIONS))}")
+        check_sequences_can_move(llm.model)
         self._llm = llm
         self._execution = execution
         self._clock = clock
@@ -223,8 +225,11 @@ class Engine:
         if unit is None:
             return False
         started = time.perf_counter()
-        decoding = sum(len(batch.members) for batch in unit.batches)
+        decoding = 0
         with self._failing(unit):
+            # Since the unit's last step its scheduler may have found out more about the newest tokens.
+            unit.settle()
+            decoding = sum(len(batch.members) for batch in unit.batches)
             self._take(unit.step(self._execution))
             unit.settle()
             self._stats.steps += 1

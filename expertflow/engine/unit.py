@@ -40,7 +40,8 @@ class Seating:
     keep_apart: bool
 
 
-# Who sits together from now on: everybody once, in any order, in batches that are not empty.
+# Who sits together from now on: everybody once, in any order, in batches that are not empty. Asked before each step,
+# and after it, when some have left or joined.
 Scheduler = Callable[[Seating], list[list[LiveSequence]]]
 
 

@@ -4,6 +4,9 @@ Hooks on the stacks tell of each pass, `run_experts` tells of each layer. Before
 the cache gets a forecast; at each layer look-ahead says more of the next one, after this layer's demands went out;
 after the pass the predictor learns from what came true. None of it can change the output: routers have the last word.
 A predictor that fails is not asked again.
+
+Passes that run together (meeting.py) are one pass to the cache: they wait for each other before the first layer and
+behind the last, those that decode get one forecast, and prompts beside them are only learnt from.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +25,8 @@ from torch import Tensor, nn
 from expertflow.cache.expert_cache import ExpertCache
 from expertflow.cache.gate import PayoffGate
 from expertflow.cache.policies.base import FARTHEST, Forecast
-from expertflow.models.meeting import in_meeting
-from expertflow.models.rows import MAX_ROWS, Followed, Rows
+from expertflow.models.meeting import END, meet
+from expertflow.models.rows import MAX_ROWS, Followed, Rows, Sources, joined
 from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.serving import Expected, PassPredictor
 
@@ -58,16 +61,35 @@ class PredictionStats:
         return {**asdict(self), "recall": self.recall, "precision": self.precision}
 
 
+class _Call(NamedTuple):
+    """What the decoder was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass
 class _Pass:
-    """One call of the decoder while it runs."""
+    """The decoder while it runs: one call of it, or several that run together."""
 
-    followed: Followed
+    calls: list[_Call]
+    followed: list[Followed]
+    asked: list[bool]  # which calls the predictor is asked about: those that decode, or a prompt alone
+    whole: Followed  # those that are asked about, as one
     thread: int
-    cache: Any  # past_key_values as the pass got them
     started: float
-    p_LE: Tensor | None = None  # predicted for the whole batch, as far as is known
+    p_LE: Tensor | None = None  # predicted for all their rows, as far as is known
     routes_L: list[Tensor] | None = None
+
+    @property
+    def asked_N(self) -> Tensor:
+        """Among all new positions of the calls: the real ones of those that are asked about."""
+        masks = [
+            mask.flatten() & asked
+            for one, asked in zip(self.followed, self.asked, strict=True)
+            if (mask := one.context.new_mask_BS) is not None
+        ]
+        return torch.cat(masks)
 
 
 class Predicting:
@@ -91,7 +113,7 @@ class Predicting:
         self._clock = clock
         self._predictor: PassPredictor | None = None
         self._rows = Rows()
-        self._source: tuple[Tensor, Tensor] | None = None
+        self._sources = Sources()
         self._pass: _Pass | None = None
         self._stats = PredictionStats(name)
 
@@ -106,7 +128,7 @@ class Predicting:
     def listen(self, encoder: nn.Module | None, decoder: nn.Module) -> None:
         """Hook on to the stacks of a model; `encoder` is None where there is none."""
         if encoder is not None:
-            encoder.register_forward_pre_hook(self._read_source, with_kwargs=True)
+            encoder.register_forward_hook(self._read_source, with_kwargs=True)
         decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         decoder.register_forward_hook(self._end)
 
@@ -125,10 +147,8 @@ class Predicting:
         refined_E: list[float] | None = None
         with self._asking() as predictor:
             if predictor is not None:
-                mask_BS = running.followed.context.new_mask_BS
-                assert mask_BS is not None
-                real_N = mask_BS.flatten()
-                p_E = predictor.ahead(number, hidden_TD.detach()[real_N], running.routes_L[-1][real_N])
+                asked_N = running.asked_N
+                p_E = predictor.ahead(number, hidden_TD.detach()[asked_N], running.routes_L[-1][asked_N])
                 if p_E is not None:
                     running.p_LE[number + 1, : len(p_E)] = p_E
                     refined_E = p_E[: self._experts_L[number + 1]].tolist()
@@ -140,80 +160,88 @@ class Predicting:
         running = self._pass
         return running if running is not None and running.thread == threading.get_ident() else None
 
-    def _read_source(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._source = None
+    def _read_source(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         with self._asking():
-            ids_BS = _ids_of(args, kwargs)
-            if ids_BS is not None:
-                self._source = ids_BS, _mask_of(kwargs, ids_BS)
+            ids_BS, states = _ids_of(args, kwargs), getattr(output, "last_hidden_state", None)
+            if ids_BS is not None and isinstance(states, Tensor):
+                self._sources.read(ids_BS, _mask_of(kwargs, ids_BS), states)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        meet(self.source_layers - 0.5, self._begin_all, _Call(args, kwargs))
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        meet(END, self._end_all, getattr(output, "past_key_values", None))
+
+    def _begin_all(self, calls: list[_Call]) -> list[None]:
+        nothing = [None] * len(calls)
         if self._pass is not None:  # it ended in an error
             self._pass = None
             self._rows.forget()
-        if self._stats.failed is not None or in_meeting():
-            return
-        if not self.gate.open:
-            self._rows.forget()
-            self._pass = self._unasked(args, kwargs)
-            self.cache.begin_pass(None)
-            return
+        if self._stats.failed is not None:
+            return nothing
         started = self._clock()
         forecast = None
         with self._asking() as predictor:
-            if (followed := self._follow(args, kwargs)) is not None:
-                self._pass = running = _Pass(
-                    followed,
-                    threading.get_ident(),
-                    kwargs.get("past_key_values"),
-                    started,
-                    routes_L=[],
-                )
+            self._pass = running = self._follow(calls, started)
+            if running is not None and not self.gate.open:
+                self._rows.forget()  # of this pass only the time is wanted
+            elif running is not None:
+                running.routes_L = []
                 if predictor is not None:
-                    said = predictor.begin(followed.context, followed.origin_B)
+                    said = predictor.begin(running.whole.context, running.whole.origin_B)
                     if said is not None:
                         running.p_LE = said.p_LE.clone()
                         forecast = self._forecast(said)
         self.cache.begin_pass(forecast)
+        return nothing
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end_all(self, caches: list[Any]) -> list[None]:
         running = self._running()
-        if running is None:
-            return
-        self._pass = None
-        context = running.followed.context
-        if running.routes_L is not None:
-            with self._asking() as predictor:
-                self._learn(running, predictor, getattr(output, "past_key_values", None))
-        decoding = context.num_new == 1
-        if decoding and (running.p_LE is not None or running.routes_L is None):
-            self.gate.passed(self._clock() - running.started, len(context.target_BT))
+        if running is not None:
+            self._pass = None
+            if running.routes_L is not None:
+                with self._asking() as predictor:
+                    self._learn(running, predictor, caches)
+            decoding = all(one.context.num_new == 1 for one in running.followed)
+            if decoding and (running.p_LE is not None or running.routes_L is None):
+                self.gate.passed(self._clock() - running.started, len(running.whole.context.target_BT))
+        return [None] * len(caches)
 
-    def _learn(self, running: _Pass, predictor: PassPredictor | None, cache_after: Any) -> None:
-        context, routes_L = running.followed.context, running.routes_L
-        cache = cache_after if cache_after is not None else running.cache
-        positions = context.new_BS.numel()
+    def _learn(self, running: _Pass, predictor: PassPredictor | None, caches: list[Any]) -> None:
+        routes_L = running.routes_L
+        shapes = [one.context.new_BS.shape for one in running.followed]
+        positions = sum(shape.numel() for shape in shapes)
         if not routes_L or [len(routes_TK) for routes_TK in routes_L] != [positions] * len(self._experts_L):
             self._rows.forget()  # some layer did not run, or ran on something else
             if predictor is not None:
                 predictor.forget()
             return
-        routes_BSLK = torch.stack(routes_L, dim=1).unflatten(0, context.new_BS.shape)
+        routes_NLK = torch.stack(routes_L, dim=1)
         # "Nowhere" is the layer's own number of experts; of predictors it is that of the widest layer.
         widest = max(self._experts_L)
-        nowhere = routes_BSLK == torch.tensor(self._experts_L)[:, None]
-        routes_BSLK = routes_BSLK.masked_fill(nowhere, widest)
+        nowhere = routes_NLK == torch.tensor(self._experts_L)[:, None]
+        routes_NLK = routes_NLK.masked_fill(nowhere, widest)
+        parts = routes_NLK.split([shape.numel() for shape in shapes])
+        routes = [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+        asked_BSLK = torch.cat([part for part, asked in zip(routes, running.asked, strict=True) if asked])
+        context = running.whole.context
         if predictor is None:
-            predictor = self._predictor = self._make(routes_BSLK.shape[-1])
-            predictor.begin(context, running.followed.origin_B)
-            predictor.end(context, routes_BSLK)
-        else:
-            predictor.end(context, routes_BSLK)
-        self._rows.end(context, routes_BSLK, cache)
+            predictor = self._predictor = self._make(routes_NLK.shape[-1])
+            predictor.begin(context, running.whole.origin_B)
+        predictor.end(context, asked_BSLK)
+        for one, part, asked in zip(running.followed, routes, running.asked, strict=True):
+            if not asked:
+                predictor.learn(one.context, part)
+        after = [
+            cache if cache is not None else call.kwargs.get("past_key_values")
+            for cache, call in zip(caches, running.calls, strict=True)
+        ]
+        contexts = [one.context for one in running.followed]
+        self._rows.end(list(zip(contexts, routes, after, strict=True)), running.asked)
         if running.p_LE is not None:
-            mask_BS = context.new_mask_BS
-            assert mask_BS is not None
-            used_LE = multi_hot(routes_BSLK[mask_BS], widest).any(0)
+            used_LE = multi_hot(routes_NLK[running.asked_N], widest).any(0)
             guess_LE = running.p_LE >= _PREDICTED
             stats = self._stats
             stats.passes += 1
@@ -221,35 +249,33 @@ class Predicting:
             stats.predicted += int(guess_LE.sum())
             stats.right += int((guess_LE & used_LE).sum())
 
-    def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Followed | None:
-        """The context of a pass, or None for one that is not followed: embeddings in place of tokens, several
-        sequences in one row (continuous batching), too many rows."""
-        ids_BS, cache = _ids_of(args, kwargs), kwargs.get("past_key_values")
-        odd = kwargs.get("cu_seq_lens_q") is not None or (
-            cache is not None and not hasattr(cache, "get_seq_length")
-        )
-        if ids_BS is None or odd or len(ids_BS) > MAX_ROWS or not ids_BS.numel():
+    def _follow(self, calls: list[_Call], started: float) -> _Pass | None:
+        """What is known of the sequences of these calls. None where one of them is not to be followed: embeddings in
+        place of tokens, several sequences in one row (continuous batching of transformers), too many rows."""
+        ids = [_ids_of(call.args, call.kwargs) for call in calls]
+        known = [ids_BS for ids_BS in ids if ids_BS is not None and ids_BS.numel()]
+        odd = any(_packs_sequences(call.kwargs) for call in calls)
+        if odd or len(known) < len(calls) or sum(map(len, known)) > MAX_ROWS:
             self._rows.forget()
             return None
-        source = self._source
-        states = kwargs.get("encoder_hidden_states")
-        if source is not None and isinstance(states, Tensor):
-            times, rest = divmod(len(states), len(source[0]))  # several answers to one source
-            if rest or states.shape[1] != source[0].shape[1]:
-                source = None  # the states of another source
-            elif times > 1:
-                source = source[0].repeat_interleave(times, 0), source[1].repeat_interleave(times, 0)
-        return self._rows.begin(ids_BS, _mask_of(kwargs, ids_BS), cache, source)
+        followed = [
+            self._rows.begin(
+                ids_BS,
+                _mask_of(call.kwargs, ids_BS),
+                call.kwargs.get("past_key_values"),
+                self._source_of(call.kwargs),
+            )
+            for call, ids_BS in zip(calls, known, strict=True)
+        ]
+        asked = [one.context.num_new == 1 for one in followed]
+        if not any(asked):
+            asked[0] = True  # of several prompts the first
+        whole = joined([one for one, is_asked in zip(followed, asked, strict=True) if is_asked])
+        return _Pass(calls, followed, asked, whole, threading.get_ident(), started)
 
-    def _unasked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pass | None:
-        """A pass without prefetching, of which only the time is wanted."""
-        started = self._clock()
-        with self._asking():
-            followed = self._follow(args, kwargs)
-            if followed is not None:
-                self._rows.forget()
-                return _Pass(followed, threading.get_ident(), None, started)
-        return None
+    def _source_of(self, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        states = kwargs.get("encoder_hidden_states")
+        return self._sources.of(states) if isinstance(states, Tensor) else None
 
     def _forecast(self, said: Expected) -> Forecast:
         """For the cache, which knows of the encoder's layers too: nobody needs them for long."""
@@ -291,6 +317,13 @@ class Predicting:
             self._stats.predict_seconds += ended - began
             if (timeline := self.cache.timeline) is not None:
                 timeline.add("predict", self.name, began, ended)
+
+
+def _packs_sequences(kwargs: dict[str, Any]) -> bool:
+    cache = kwargs.get("past_key_values")
+    return kwargs.get("cu_seq_lens_q") is not None or (
+        cache is not None and not hasattr(cache, "get_seq_length")
+    )
 
 
 def _ids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -7,6 +7,7 @@ and not forecast: they need nearly every expert. Knows nothing of models, caches
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,8 +38,8 @@ class PassPredictor(Protocol):
     def begin(self, context: PathContext, origin_B: Tensor | None) -> Expected | None:
         """What the pass over the new positions of `context` will need; None where nothing is said.
 
-        origin_B: which row of the pass before each row continues (int64); None where texts begin, or nothing is
-        known of what was before.
+        origin_B: which row of the pass before each row continues (int64); None where not all of them were in it:
+        texts begin, or `context` has the end of what was before.
         """
         ...
 
@@ -49,6 +50,10 @@ class PassPredictor(Protocol):
 
     def end(self, context: PathContext, routes_BSLK: Tensor) -> None:
         """The pass is over: learn from what the routers chose at the new positions."""
+        ...
+
+    def learn(self, context: PathContext, routes_BSLK: Tensor) -> None:
+        """A pass over other sequences ran beside the one that has ended (a prompt): learn from it too."""
         ...
 
     def forget(self) -> None:
@@ -87,7 +92,7 @@ class ServingPredictor:
         return TABLE_BYTES + layers * num_experts * per_expert
 
     def begin(self, context: PathContext, origin_B: Tensor | None) -> Expected | None:
-        if origin_B is None:
+        if origin_B is None and context.routes_BTLK is None:
             self.forget()
         decoding = context.num_new == 1
         absent_CLE = None
@@ -119,6 +124,9 @@ class ServingPredictor:
             self.expected.observe(multi_hot(routes_RLK, self.num_experts).any(0))
             self._forecast_made = False
 
+    def learn(self, context: PathContext, routes_BSLK: Tensor) -> None:
+        self.combination.observe_pass(context, routes_BSLK)
+
     def forget(self) -> None:
         self.combination.forget()
         self.expected.end_of_text()
@@ -128,6 +136,9 @@ class ServingPredictor:
         self, trained: RoutingPathPredictor, context: PathContext, origin_B: Tensor | None
     ) -> Tensor | None:
         """states_BSD of the new positions, or None where the trained predictor lacks what the encoder read."""
+        new = context.num_new
+        if origin_B is None or self._state is None:  # begin with all that is known of these texts
+            context = replace(context, num_new=context.target_BT.shape[1])
         mask_BS = context.new_mask_BS
         if mask_BS is None:
             mask_BS = torch.ones_like(context.new_BS, dtype=torch.bool)
@@ -139,7 +150,8 @@ class ServingPredictor:
             elif not torch.equal(origin_B, torch.arange(self._state.num_rows)):
                 self._state = self._state.select(origin_B)
             # Not `advance`: of a prompt the states alone are wanted, not what the heads say of each position.
-            return trained.decoder.advance(self._state, trained.embedding(context.new_BS), mask_BS)
+            states_BSD = trained.decoder.advance(self._state, trained.embedding(context.new_BS), mask_BS)
+            return states_BSD[:, -new:]
 
     def _speak(
         self, trained: RoutingPathPredictor, context: PathContext, states_B1D: Tensor

@@ -73,6 +73,17 @@ def carried_by(cache: Cache) -> dict[TensorName, Carried]:
     }
 
 
+def lengths_seen(cache: Cache) -> set[int]:
+    """How many positions its layers have read; a window may have let go of some."""
+    if isinstance(cache, EncoderDecoderCache):
+        return lengths_seen(cache.self_attention_cache)
+    return {
+        layer.get_seq_length()
+        for layer in cache.layers
+        if isinstance(layer, DynamicLayer) and layer.is_initialized
+    }
+
+
 def rebuilt(cache: Cache, tensors: Mapping[TensorName, Tensor], length: int) -> Cache:
     """A cache like `cache` that holds these tensors, `length` positions long. `cache` is not changed."""
     if isinstance(cache, EncoderDecoderCache):

@@ -17,7 +17,9 @@ from expertflow import LLM, SamplingParams
 from expertflow.engine.engine import Engine
 from expertflow.engine.unit import LiveSequence, Seating
 from expertflow.models.capture import capture_routes
+from expertflow.models.rows import TAIL
 from tests.families import EOS, write_checkpoint
+from tests.models.test_predicting import Noise
 
 PROMPTS = ["Hello there", "The quick brown fox jumps over it", "x", "abc def", "Some more text to read", "zz"]
 PARAMS = [
@@ -103,6 +105,26 @@ def test_joint_split_and_alone_agree_token_for_token(
     assert found["joint"][1:] == found["split"][1:], "the same schedule"
     assert found["joint"][2] > 1.5, "they ran together"
     assert found["joint"][0] < found["split"][0], "experts are loaded once for both batches"
+
+
+def test_generate_holds_more_sequences_than_one_batch(
+    folders: Folders, alone: Callable[[str], list[list[int]]]
+) -> None:
+    """sequences= of LLM.generate: rows of all batches of a unit go through a layer together."""
+    rows: list[int] = []
+    with load(folders("qwen2_moe")) as llm:
+        attachment: Any = llm.model.get_submodule(llm.experts.moe_layers[0].name)
+        attachment.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        assert tokens(llm.generate(PROMPTS, PARAMS)) == alone("qwen2_moe")
+        assert max(rows[-20:]) <= 2, "a batch decodes two"
+        batched = len(rows)
+        assert llm.timing.generated_tokens == llm.timing.decoded_tokens == sum(map(len, alone("qwen2_moe")))
+        assert llm.timing.tokens_per_second > 0
+    with load(folders("qwen2_moe"), sequences=2) as llm:
+        attachment = llm.model.get_submodule(llm.experts.moe_layers[0].name)
+        attachment.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        assert tokens(llm.generate(PROMPTS, PARAMS)) == alone("qwen2_moe")
+        assert len(rows) != 2 * batched, "the plain loop runs another number of passes"
 
 
 @pytest.mark.parametrize("settings", [{"sequences": 8}, {"sequences": 3}, {"batch": 1, "sequences": None}])
@@ -463,6 +485,20 @@ def test_unknown_execution(llm: LLM) -> None:
         Engine(llm, execution="both")  # type: ignore[arg-type]
 
 
+def test_a_cache_that_cannot_be_taken_apart_is_refused_at_the_start(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(llm.model), "_supports_default_dynamic_cache", lambda self: False)
+    with pytest.raises(
+        ValueError, match=r"has a KV cache of its own.*use LLM.generate, with sequences= left out"
+    ):
+        Engine(llm)
+    monkeypatch.undo()
+    monkeypatch.setattr("expertflow.engine.batch.objection", lambda cache: "it is odd")
+    with pytest.raises(ValueError, match="join or leave the KV cache of Qwen2MoeForCausalLM: it is odd; use"):
+        Engine(llm)
+
+
 def test_stats_count_what_happened(llm: LLM) -> None:
     engine = Engine(llm)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -476,3 +512,46 @@ def test_stats_count_what_happened(llm: LLM) -> None:
     engine.reset_stats()
     assert engine.stats.steps == 0
     assert EOS not in tokens(outputs)[0]
+
+
+@pytest.mark.parametrize("execution", ["joint", "split"])
+def test_predictors_follow_sequences_through_batches(
+    folders: Folders, alone: Callable[[str], list[list[int]]], execution: Any
+) -> None:
+    """A joint step is one pass to them: every sequence that decodes, wherever it sits, with what it has read before."""
+    with load(folders("qwen2_moe"), cache_size=1, predictor="online") as llm:
+        heard = Noise(llm.model)
+        predicting: Any = llm.experts.predicting
+        predicting._make = lambda top_k: heard
+        forecasts: list[Any] = []
+        begin_pass = llm.experts.cache.begin_pass
+        llm.experts.cache.begin_pass = lambda forecast: (forecasts.append(forecast), begin_pass(forecast))  # type: ignore[method-assign,assignment,return-value]
+        engine = Engine(llm, execution=execution)
+        requests = [engine.submit(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+        rows = [request.rows[0] for request in requests]
+        asked: list[set[int]] = []
+        while True:
+            before = len(heard.begun)
+            decoding = [member.row for batch in engine.units[0].batches for member in batch.members]
+            texts = [row.prompt_ids + row.token_ids for row in decoding]
+            if not engine.step():
+                break
+            contexts = [context for context, _ in heard.begun[before:] if context.num_new == 1 and decoding]
+            known = [
+                ids[mask].tolist()
+                for context in contexts
+                for ids, mask in zip(context.target_BT, context.target_mask_BT, strict=True)
+            ]
+            assert known == [text[-len(ids) :] for text, ids in zip(texts, known, strict=True)]
+            assert all(len(ids) == min(len(text), TAIL + 1) for text, ids in zip(texts, known, strict=True))
+            if execution == "joint":
+                assert len(heard.begun) == before + 1
+            asked.append({len(known)})
+        assert predicting.stats.failed is None
+        assert [row.token_ids for row in rows] == alone("qwen2_moe")
+        assert len(forecasts) == len(heard.begun)
+        assert len(heard.learnt) == (3 if execution == "joint" else 0), (
+            "prompts beside others; alone they are asked about"
+        )
+        assert len(set.union(*asked)) > 2, "sequences joined and left"
+        assert heard.asked > 0

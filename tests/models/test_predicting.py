@@ -86,6 +86,7 @@ class Noise:
         self.draw = torch.Generator().manual_seed(0)
         self.begun: list[Any] = []
         self.ended: list[Any] = []
+        self.learnt: list[Any] = []
         self.asked = 0
 
     def begin(self, context: Any, origin_B: Any) -> Expected:
@@ -103,6 +104,9 @@ class Noise:
 
     def end(self, context: Any, routes_BSLK: Tensor) -> None:
         self.ended.append(routes_BSLK)
+
+    def learn(self, context: Any, routes_BSLK: Tensor) -> None:
+        self.learnt.append((context, routes_BSLK))
 
     def forget(self) -> None:
         pass
