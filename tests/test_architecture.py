@@ -47,6 +47,8 @@ DECIDE = (
     "scheduler/moves.py",
     *sorted(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "cache" / "policies").glob("*.py")),
 )
+# Decisions on tensors: torch is allowed to these, and no more.
+GROUPING = tuple(f"scheduler/{name}.py" for name in ("similarity", "two_means", "swaps", "group"))
 EXECUTION = {
     "asyncio", "concurrent", "io", "logging", "mmap", "multiprocessing", "os", "pathlib", "queue", "random",
     "select", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "time", "transformers",
@@ -135,8 +137,15 @@ def test_code_that_decides_imports_no_thread_clock_file_or_device(name):
         assert not starting_with(names, others)
 
 
+@pytest.mark.parametrize("name", GROUPING)
+def test_grouping_imports_no_thread_clock_file_or_device(name):
+    names = imports_of(PACKAGE / name)
+    assert not starting_with(names, EXECUTION)
+    assert units(names) <= {"core", "scheduler"}
+
+
 def test_code_that_decides_opens_and_prints_nothing():
-    for name in DECIDE:
+    for name in (*DECIDE, *GROUPING):
         tree = ast.parse((PACKAGE / name).read_text())
         called = {
             node.func.id
