@@ -35,8 +35,8 @@ class BatchState:
     mask_BT: 1 where a cached position is a token of the sequence, 0 where it is padding on the left. Of an
         encoder-decoder it is the decoder's.
     encoder_BSD, encoder_mask_BS: what the encoder made of the source, padded on the right; None for decoders.
-    lengths_must_agree: the model takes a token's position from the length of the cache, so sequences of
-        unequal length cannot share a batch: `positions_follow_cache(model)`.
+    lengths_must_agree: what a sequence computes depends on how long the batch is, so only sequences of one
+        length, without padding, can change batches: `positions_follow_cache(model)`.
 
     ValueError when the parts do not fit together, or the cache is one whose sequences cannot be moved.
     """
@@ -58,8 +58,6 @@ class BatchState:
             raise ValueError("mask_BT has padding behind a token; pad shorter sequences on the left")
         if self.encoder_mask_BS is not None and (self.encoder_mask_BS.diff(dim=1) > 0).any():
             raise ValueError("encoder_mask_BS has padding before a token; pad shorter sources on the right")
-        if self.lengths_must_agree:
-            check_lengths_agree(self.row_lengths()[Axis.TOKENS])
         seen = lengths_seen(self.cache) - {self.mask_BT.shape[1]}
         if seen:
             raise ValueError(
@@ -115,16 +113,22 @@ def supports(cache: Cache) -> bool:
 
 
 def positions_follow_cache(model: Any) -> bool:
-    """Whether the model takes positions from the cache's length, with no way to tell it each sequence's own.
+    """Whether what a sequence computes depends on how long its batch is, and nothing can be told to prevent it.
 
-    So do the sinusoids of NLLB's decoder and Llama 4's attention temperature, in batches that transformers pads
-    too. Switch has distances between columns only, which padding keeps.
+    NLLB's decoder counts sinusoids from the cache's length, Llama 4 its attention temperature, and dynamic and
+    long rotary embeddings take the frequencies of the longest sequence in the batch. So they do in batches that
+    transformers pads. Switch has distances between columns only, which padding keeps.
     """
     config = model.config.get_text_config(decoder=True)
     accepts = inspect.signature(model.forward).parameters
-    if not model.config.is_encoder_decoder:
-        return "position_ids" not in accepts or bool(getattr(config, "attn_temperature_tuning", False))
-    return "decoder_position_ids" not in accepts and not hasattr(config, "relative_attention_num_buckets")
+    if model.config.is_encoder_decoder:
+        return "decoder_position_ids" not in accepts and not hasattr(config, "relative_attention_num_buckets")
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        "position_ids" not in accepts
+        or bool(getattr(config, "attn_temperature_tuning", False))
+        or not _rope_types(rope).isdisjoint({"dynamic", "longrope"})
+    )
 
 
 def position_ids(state: BatchState) -> Tensor:
@@ -169,12 +173,10 @@ def model_kwargs_of(state: BatchState) -> dict[str, Any]:
     }
 
 
-def check_lengths_agree(lengths: list[int]) -> None:
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"sequences of {min(lengths)} and {max(lengths)} tokens cannot share a batch: this model takes positions "
-            "from the length of the cache; regroup sequences of one length only"
-        )
+def _rope_types(rope: Mapping[str, Any]) -> set[str]:
+    """Of all layers: models with several kinds of attention have a mapping for each."""
+    nested = [value for value in rope.values() if isinstance(value, Mapping)]
+    return {str(each.get("rope_type", "default")) for each in (rope, *nested)}
 
 
 def _check_fits(name: TensorName, part: Carried, rows: int, length: int) -> None:

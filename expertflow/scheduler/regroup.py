@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from expertflow.scheduler.batch_state import BatchState, check_lengths_agree
+from expertflow.scheduler.batch_state import BatchState
 from expertflow.scheduler.carried import Axis, Carried
 from expertflow.scheduler.moves import Chain, Layout, Place, checked, ordered
 
@@ -26,7 +26,7 @@ def merge(states: Sequence[BatchState]) -> BatchState:
     Shorter batches are padded with zeros, which the masks hide. ValueError when the batches are not of one
     model, or hold unequal lengths that cannot share a batch.
     """
-    _check_alike(states)
+    _plan(states, [[(batch, row) for batch, state in enumerate(states) for row in range(state.num_rows)]])
     lengths = {axis: max(state.length(axis) for state in states) for axis in Axis}
     carried = [state.tensors() for state in states]
     tensors = {
@@ -134,14 +134,25 @@ def _plan(states: Sequence[BatchState], layout: Layout) -> _Plan:
     _check_alike(states)
     places = checked(layout, [state.num_rows for state in states])
     row_lengths = [state.row_lengths() for state in states]
-    if states[0].lengths_must_agree:
+    if any(state.lengths_must_agree for state in states):
         for batch in places:
-            check_lengths_agree([row_lengths[place.batch][Axis.TOKENS][place.row] for place in batch])
+            _check_lengths_agree(
+                states, [(place, row_lengths[place.batch][Axis.TOKENS][place.row]) for place in batch]
+            )
     lengths = [
         {axis: max(row_lengths[place.batch][axis][place.row] for place in batch) for axis in Axis}
         for batch in places
     ]
     return _Plan(places, lengths)
+
+
+def _check_lengths_agree(states: Sequence[BatchState], rows: Sequence[tuple[Place, int]]) -> None:
+    lengths = {length for _, length in rows} | {states[place.batch].length(Axis.TOKENS) for place, _ in rows}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"sequences of {min(lengths)} and {max(lengths)} positions cannot share a batch: what this model computes "
+            "depends on the length of the batch; regroup sequences of one length, without padding"
+        )
 
 
 def _route(parts: Sequence[Carried], plan: _Plan) -> _Route:

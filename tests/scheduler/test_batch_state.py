@@ -121,29 +121,47 @@ def test_what_the_next_step_is_told():
     assert "position_ids" not in kwargs
 
 
-def test_positions_counted_by_the_cache_forbid_unequal_lengths():
-    """NLLB's sinusoids start at the cache's length: padding would shift a shorter sequence's positions."""
-    models = {kind: model_of(kind) for kind in ("sinusoids", "relative_positions", "grouped_query", "chunks")}
+def test_models_that_see_the_length_of_their_batch_are_known():
+    kinds = ("sinusoids", "relative_positions", "grouped_query", "chunks")
+    models = {kind: model_of(kind) for kind in kinds}
     assert [kind for kind, model in models.items() if positions_follow_cache(model)] == ["sinusoids"]
     models["chunks"].config.attn_temperature_tuning = True  # as Llama 4 is published
     assert positions_follow_cache(models["chunks"])
-    short, long = (
-        BatchState(
-            caches.filled_cache("encoder_decoder", 0, 1, length, 3),
-            torch.ones(1, length, dtype=torch.long),
-            torch.randn(1, 3, 4),
-            torch.ones(1, 3, dtype=torch.long),
-            lengths_must_agree=True,
-        )
-        for length in (4, 5)
+    rope = models["grouped_query"].config.rope_parameters
+    rope["rope_type"] = "longrope"  # as PhiMoE is published
+    assert positions_follow_cache(models["grouped_query"])
+    models["grouped_query"].config.rope_parameters = {"full_attention": dict(rope)}
+    assert positions_follow_cache(models["grouped_query"])
+    rope["rope_type"] = "yarn"
+    models["grouped_query"].config.rope_parameters = rope
+    assert not positions_follow_cache(models["grouped_query"])
+
+
+def state_of_one_length(length: int, tokens: int) -> BatchState:
+    return BatchState(
+        caches.filled_cache("encoder_decoder", 0, 1, length, 3),
+        caches.mask([tokens], length, left=True),
+        torch.randn(1, 3, 4),
+        torch.ones(1, 3, dtype=torch.long),
+        lengths_must_agree=True,
     )
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(5, 5), (5, 4)])
+def test_unequal_lengths_are_refused_where_the_model_sees_them(length, tokens):
+    """NLLB's sinusoids start at the cache's length: padding would shift a shorter sequence's positions."""
+    short, long = state_of_one_length(4, 4), state_of_one_length(length, tokens)
     before = short.cache.self_attention_cache.layers[0].keys.clone()
     for move in (regroup, bytes_moved):
-        with pytest.raises(ValueError, match=r"4 and 5 tokens .* one length only"):
+        with pytest.raises(ValueError, match=r"4 and 5 positions .* one length, without padding"):
             move([short, long], [[(0, 0), (1, 0)]])
-    with pytest.raises(ValueError, match="4 and 5 tokens"):
+    with pytest.raises(ValueError, match="4 and 5 positions"):
         merge([short, long])
     assert torch.equal(short.cache.self_attention_cache.layers[0].keys, before)
+
+
+def test_sequences_that_keep_to_their_own_length_may_change_places():
+    short, long = state_of_one_length(4, 4), state_of_one_length(5, 5)
     swapped = regroup([short, long], [[(1, 0)], [(0, 0)]])
     assert [position_ids(state).item() for state in swapped] == [5, 4]
 
