@@ -13,12 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from expertflow.engine.request import Row
 from expertflow.engine.runner import GenerativeModel, padded
 from expertflow.engine.sampler import choose_token
 from expertflow.scheduler.batch_state import BatchState, model_kwargs_of, state_of
+from expertflow.scheduler.kv_tensors import objection
+
+
+def check_sequences_can_move(model: GenerativeModel) -> None:
+    """ValueError for a model whose KV cache cannot be taken apart into sequences, so that none could join or leave."""
+    name = type(model).__name__
+    if not model._supports_default_dynamic_cache():
+        raise ValueError(
+            f"{name} has a KV cache of its own, which sequences cannot join or leave; {_INSTEAD}"
+        )
+    if (reason := objection(DynamicCache(config=model.config.get_text_config(decoder=True)))) is not None:
+        raise ValueError(f"sequences cannot join or leave the KV cache of {name}: {reason}; {_INSTEAD}")
+
+
+_INSTEAD = "use LLM.generate, with sequences= left out, which decodes batches as they come"
 
 
 @dataclass(eq=False)

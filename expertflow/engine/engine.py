@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expertflow.engine.batch import check_sequences_can_move
 from expertflow.engine.request import RequestOutput, Row
 from expertflow.engine.sampling import SamplingParams
 from expertflow.engine.submitted import OnText, Submitted
@@ -75,6 +76,7 @@ class Engine:
     ):
         if execution not in EXECUTIONS:
             raise ValueError(f"execution={execution!r} is unknown; use {' or '.join(map(repr, EXECUTIONS))}")
+        check_sequences_can_move(llm.model)
         self._llm = llm
         self._execution = execution
         self._clock = clock
@@ -224,6 +226,8 @@ class Engine:
             return False
         started = time.perf_counter()
         with self._failing(unit):
+            # Since the unit's last step its scheduler may have found out more about the newest tokens.
+            unit.settle()
             decoding = sum(len(batch.members) for batch in unit.batches)
             self._take(unit.step(self._execution))
             unit.settle()
@@ -265,8 +269,7 @@ class Engine:
             # Those that were cancelled, or failed by another answer of theirs.
             self._queue = deque(row for row in self._queue if row.finish_reason is None)
             for unit in self._units:
-                count = min(unit.room, len(self._queue))
-                if count:
+                if count := unit.room(self._queue):
                     unit.admit([self._queue.popleft() for _ in range(count)])
 
     def _next_unit(self) -> Unit | None:
