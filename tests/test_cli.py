@@ -105,6 +105,7 @@ SETTINGS = {
     "cache_size": ("2.5", 2.5),
     "context": ("77", 77),
     "batch": ("3", 3),
+    "sequences": ("5", 5),
     "prefill_chunk": ("9", 9),
     "policy": ("lru", "lru"),
     "predictor": ("online", "online"),

@@ -1,7 +1,8 @@
 """LLM: text in, text out, as vLLM's users know it, under a memory budget.
 
 Encodes prompts, forms batches in arrival order, hands them to runner.py and collects the answers. Not a
-scheduler: a batch runs until its longest answer ends.
+scheduler: a batch runs until its longest answer ends. Where more sequences are held than one batch has
+(`sequences`), engine.py decodes them, and answers that end make room for the next.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.stats import CacheStats
 from expertflow.config import Settings, format_bytes
+from expertflow.engine.engine import Engine
 from expertflow.engine.interrupts import Interrupts
 from expertflow.engine.request import RequestOutput, Row, TextStream
 from expertflow.engine.runner import decode, read_pairs
@@ -99,6 +101,8 @@ class LLM:
 
         Every prompt is checked before the first is computed: ValueError names the one that does not fit.
         """
+        if self.settings.held > self.settings.batch:
+            return self._through_engine(_as_prompts(prompts), sampling_params)
         requests = self.checked_requests(_as_prompts(prompts), sampling_params)
         rows = [row for _, _, answers in requests for row in answers]
         for batch in _batches(rows, self.settings.batch, self.context):
@@ -157,6 +161,20 @@ class LLM:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _through_engine(
+        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[RequestOutput]:
+        with Engine(self) as engine:
+            try:
+                return engine.generate(prompts, params)
+            finally:
+                stats, timing = engine.stats, self.timing
+                timing.prompt_tokens += stats.prompt_tokens
+                timing.generated_tokens += stats.generated_tokens
+                # Prompts are read beside tokens that are decoded: their time is not told apart.
+                timing.decode_seconds += stats.step_seconds
+                timing.decoded_tokens += stats.generated_tokens
 
     def _stream(self, row: Row) -> Iterator[str]:
         for texts in self._run([row]):

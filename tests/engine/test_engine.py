@@ -107,6 +107,26 @@ def test_joint_split_and_alone_agree_token_for_token(
     assert found["joint"][0] < found["split"][0], "experts are loaded once for both batches"
 
 
+def test_generate_holds_more_sequences_than_one_batch(
+    folders: Folders, alone: Callable[[str], list[list[int]]]
+) -> None:
+    """sequences= of LLM.generate: rows of all batches of a unit go through a layer together."""
+    rows: list[int] = []
+    with load(folders("qwen2_moe")) as llm:
+        attachment: Any = llm.model.get_submodule(llm.experts.moe_layers[0].name)
+        attachment.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        assert tokens(llm.generate(PROMPTS, PARAMS)) == alone("qwen2_moe")
+        assert max(rows[-20:]) <= 2, "a batch decodes two"
+        batched = len(rows)
+        assert llm.timing.generated_tokens == llm.timing.decoded_tokens == sum(map(len, alone("qwen2_moe")))
+        assert llm.timing.tokens_per_second > 0
+    with load(folders("qwen2_moe"), sequences=2) as llm:
+        attachment = llm.model.get_submodule(llm.experts.moe_layers[0].name)
+        attachment.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        assert tokens(llm.generate(PROMPTS, PARAMS)) == alone("qwen2_moe")
+        assert len(rows) != 2 * batched, "the plain loop runs another number of passes"
+
+
 @pytest.mark.parametrize("settings", [{"sequences": 8}, {"sequences": 3}, {"batch": 1, "sequences": None}])
 def test_any_number_of_units_gives_the_same_tokens(
     settings: dict[str, Any], folders: Folders, alone: Callable[[str], list[list[int]]]
@@ -463,6 +483,20 @@ def test_a_closed_engine_takes_nothing_and_keeps_nobody_waiting(llm: LLM) -> Non
 def test_unknown_execution(llm: LLM) -> None:
     with pytest.raises(ValueError, match="execution='both' is unknown; use 'joint' or 'split'"):
         Engine(llm, execution="both")  # type: ignore[arg-type]
+
+
+def test_a_cache_that_cannot_be_taken_apart_is_refused_at_the_start(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(llm.model), "_supports_default_dynamic_cache", lambda self: False)
+    with pytest.raises(
+        ValueError, match=r"has a KV cache of its own.*use LLM.generate, with sequences= left out"
+    ):
+        Engine(llm)
+    monkeypatch.undo()
+    monkeypatch.setattr("expertflow.engine.batch.objection", lambda cache: "it is odd")
+    with pytest.raises(ValueError, match="join or leave the KV cache of Qwen2MoeForCausalLM: it is odd; use"):
+        Engine(llm)
 
 
 def test_stats_count_what_happened(llm: LLM) -> None:
