@@ -92,7 +92,7 @@ def _release(parts: Sequence[Carried], moved: Sequence[Tensor]) -> None:
     kept = {tensor.untyped_storage().data_ptr() for tensor in moved}
     for part in parts:
         if part.tensor.untyped_storage().data_ptr() not in kept:
-            part.tensor.set_()
+            part.tensor.set_(part.tensor.new_empty(0).untyped_storage())
 
 
 def bytes_moved(states: Sequence[BatchState], layout: Layout) -> int:
