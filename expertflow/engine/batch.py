@@ -182,8 +182,10 @@ class Prefill:
         assert self._config is not None
         # A decoder sees what it wrote, not what the encoder read.
         begin = self._ids_BT[0].tolist() if self._seq2seq else list(row.prompt_ids)
-        config = copy.copy(self._config)
+        config = copy.copy(self._config)  # whose lengths are those of the longest prompt
         config.max_length = len(begin) + row.max_tokens
+        if config.min_new_tokens is not None:
+            config.min_length = len(begin) + config.min_new_tokens
         processors = self._model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=len(begin),

@@ -273,8 +273,7 @@ class Engine:
             # Those that were cancelled, or failed by another answer of theirs.
             self._queue = deque(row for row in self._queue if row.finish_reason is None)
             for unit in self._units:
-                count = min(unit.room, len(self._queue))
-                if count:
+                if count := unit.room(self._queue):
                     unit.admit([self._queue.popleft() for _ in range(count)])
 
     def _next_unit(self) -> Unit | None:

@@ -65,8 +65,14 @@ def record_trace(
 
     dataset: a name for the trace's meta data. progress(done, total) counts sequences. An interrupt leaves a
     folder that can be read, and continued by the same call. Raises ValueError when the folder has a trace of
-    another model, data set or setting, or when an example lacks the response that is to be forced.
+    another model, data set or setting, when an example lacks the response that is to be forced, or when the model
+    was loaded to hold more sequences than one batch has.
     """
+    if llm.settings.held > llm.settings.batch:
+        raise ValueError(
+            f"sequences={llm.settings.held} and batch={llm.settings.batch}: a recording runs one batch at a time, so "
+            f"that it can be continued; leave sequences (--sequences) out, or make batch (--batch) as large"
+        )
     jobs, too_long = _jobs(llm, examples, tracing)
     batches = [jobs[at : at + llm.settings.batch] for at in range(0, len(jobs), llm.settings.batch)]
     recorded = tokens = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -29,8 +30,8 @@ class Seating:
     """What a scheduler is asked about between two steps of a unit.
 
     batches: who sits together now; those that left are gone already. joining: who needs a place, their prompts read.
-    At most `num_batches` batches of at most `rows` sequences. keep_apart: sequences must share a batch only with those
-    they began with, since the model takes positions from the length of the cache.
+    At most `num_batches` batches of at most `rows` sequences. keep_apart: sequences may share a batch only with those
+    they began with, since what this model computes depends on the length of the batch.
     """
 
     batches: list[list[LiveSequence]]
@@ -84,6 +85,7 @@ class Unit:
         self.rows, self.most = rows, most
         self.num_batches = -(-most // rows)
         self.keep_apart = positions_follow_cache(model)
+        self._seq2seq: bool = model.config.is_encoder_decoder
         self.batches: list[Batch] = []
         self.prefill: Prefill | None = None
         self.regroupings = 0  # in which a scheduler moved somebody who had a place
@@ -94,19 +96,23 @@ class Unit:
         reading = self.prefill.rows if self.prefill is not None else []
         return [member.row for batch in self.batches for member in batch.members] + reading
 
-    @property
-    def room(self) -> int:
-        """How many sequences may join now; one group of newcomers is read at a time."""
-        if self.prefill is not None:
+    def room(self, waiting: Sequence[Row]) -> int:
+        """How many of the first of those that wait may join now; one group of newcomers is read at a time."""
+        if self.prefill is not None or not waiting:
             return 0
-        free = self.most - len(self.members)
-        if self.keep_apart:
-            free = free if len(self.batches) < self.num_batches else 0
-        return min(free, self.rows)
+        most = min(self.most - len(self.members), self.rows, len(waiting))
+        if not self.keep_apart:
+            return most
+        if len(self.batches) == self.num_batches:
+            return 0
+        # Padding counts as length. What an encoder reads may be padded: its decoder begins with one token for all.
+        first = len(waiting[0].prompt_ids)
+        alike = takewhile(lambda row: self._seq2seq or len(row.prompt_ids) == first, islice(waiting, most))
+        return sum(1 for _ in alike)
 
     def admit(self, rows: Sequence[Row]) -> None:
-        """Have these read their prompts, from the next step on. No more than `room`."""
-        assert 0 < len(rows) <= self.room, "more sequences than there is room for"
+        """Have these read their prompts, from the next step on. Not more than there is `room` for."""
+        assert self.prefill is None, "one group of newcomers at a time"
         self.prefill = Prefill(self._model, rows, self._pad_token)
 
     def step(self, execution: Execution) -> list[Outcome]:

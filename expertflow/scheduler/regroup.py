@@ -63,7 +63,7 @@ def regroup(states: Sequence[BatchState], layout: Layout) -> list[BatchState]:
 
     Sequences that the layout does not name are dropped. The same bits as `regroup_by_copying`, but new batch b
     lives on in the memory of states[b] wherever it has no more rows and positions than that, and rows that keep
-    their place there are not touched. The states given are used up: their tensors may be overwritten.
+    their place there are not touched. The states given are used up: their tensors are overwritten or emptied.
 
     ValueError as `merge` and `reindex`, raised before anything is moved.
     """
@@ -71,7 +71,9 @@ def regroup(states: Sequence[BatchState], layout: Layout) -> list[BatchState]:
     carried = [state.tensors() for state in states]
     new_tensors: list[dict] = [{} for _ in plan.places]
     for name in carried[0]:
-        moved = _move([tensors[name] for tensors in carried], plan)
+        parts = [tensors[name] for tensors in carried]
+        moved = _move(parts, plan)
+        _release(parts, moved)
         for tensors, tensor in zip(new_tensors, moved, strict=True):
             tensors[name] = tensor
     # Masks are small, and the caller may still look at the old ones: new ones, by the slow way.
@@ -83,6 +85,14 @@ def regroup(states: Sequence[BatchState], layout: Layout) -> list[BatchState]:
         )
         for tensors, places, lengths in zip(new_tensors, plan.places, plan.lengths, strict=True)
     ]
+
+
+def _release(parts: Sequence[Carried], moved: Sequence[Tensor]) -> None:
+    """Empty the old tensors that nobody lives on in: a KV cache must not exist twice, not even for a moment."""
+    kept = {tensor.untyped_storage().data_ptr() for tensor in moved}
+    for part in parts:
+        if part.tensor.untyped_storage().data_ptr() not in kept:
+            part.tensor.set_(part.tensor.new_empty(0).untyped_storage())
 
 
 def bytes_moved(states: Sequence[BatchState], layout: Layout) -> int:

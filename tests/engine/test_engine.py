@@ -15,6 +15,7 @@ import torch
 
 from expertflow import LLM, SamplingParams
 from expertflow.engine.engine import Engine
+from expertflow.engine.request import RequestOutput
 from expertflow.engine.unit import LiveSequence, Seating
 from expertflow.models.capture import capture_routes
 from expertflow.models.rows import TAIL
@@ -75,6 +76,15 @@ def alone(folders: Folders) -> Callable[[str], list[list[int]]]:
 
 def tokens(outputs: Sequence[Any]) -> list[list[int]]:
     return [answer.token_ids for output in outputs for answer in output.outputs]
+
+
+def by_itself(llm: LLM, prompt: str, params: SamplingParams) -> RequestOutput:
+    """Through LLM's own loop, each answer as a batch of one."""
+    ((text, ids, rows),) = llm.checked_requests([prompt], params)
+    for row in rows:
+        for _ in llm._run([row]):
+            pass
+    return RequestOutput(text, ids, [row.output() for row in rows])
 
 
 def loads(llm: LLM) -> int:
@@ -195,7 +205,7 @@ def test_recording_follows_every_pass_of_a_joint_step(llm: LLM) -> None:
 
 
 def test_requests_have_their_own_rules(llm: LLM) -> None:
-    (whole,) = llm.generate("Hello there", SamplingParams(temperature=0, max_tokens=12))
+    whole = by_itself(llm, "Hello there", SamplingParams(temperature=0, max_tokens=12))
     text = whole.outputs[0].text
     params = [
         SamplingParams(temperature=0, max_tokens=12, stop=text[3:5]),
@@ -205,19 +215,28 @@ def test_requests_have_their_own_rules(llm: LLM) -> None:
         SamplingParams(temperature=0.8, seed=3, n=3, max_tokens=6),
     ]
     outputs = Engine(llm).generate(["Hello there"] * len(params), params)
-    assert outputs == [one for wanted in params for one in llm.generate("Hello there", wanted)]
+    assert outputs == [by_itself(llm, "Hello there", wanted) for wanted in params]
     assert outputs[0].outputs[0].stop_reason == text[3:5]
     assert outputs[2].outputs[0].finish_reason == "stop"
 
 
-def test_processors_of_the_checkpoint_see_each_sequence_by_itself(folders: Folders) -> None:
-    """min_new_tokens counts from a prompt's own length, not from that of the longest beside it."""
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"forced_eos_token_id": EOS},  # as the last token, counted from the prompt's own length
+        {"sequence_bias": {(EOS,): 50.0}, "min_new_tokens": 3},  # ends at once, but not before three tokens
+    ],
+)
+def test_what_the_checkpoint_does_to_logits_counts_from_each_prompt(
+    folders: Folders, wish: dict[str, Any]
+) -> None:
+    """And not from the longest one beside it, nor from padding."""
     with load(folders("qwen2_moe")) as llm:
-        (free,) = llm.generate("x", SamplingParams(temperature=0, max_tokens=3))
-        llm.model.generation_config.suppress_tokens = [free.outputs[0].token_ids[0]]
+        for name, value in wish.items():
+            setattr(llm.model.generation_config, name, value)
         params = SamplingParams(temperature=0, max_tokens=6)
-        expected = [llm.generate(prompt, params)[0] for prompt in PROMPTS]
-        assert expected[2].outputs[0].token_ids[0] != free.outputs[0].token_ids[0]
+        expected = [by_itself(llm, prompt, params) for prompt in PROMPTS]
+        assert all(EOS in one.outputs[0].token_ids for one in expected)
         assert Engine(llm).generate(PROMPTS, params) == expected
 
 
@@ -228,7 +247,7 @@ def test_text_streams_while_others_run(llm: LLM) -> None:
     other = engine.submit("abc def", params, on_text=lambda answer, text: heard.append(text))
     pieces = list(engine.stream("Hello there", params))
     assert len(pieces) > 5
-    assert "".join(pieces) == llm.generate("Hello there", params)[0].outputs[0].text
+    assert "".join(pieces) == by_itself(llm, "Hello there", params).outputs[0].text
     while engine.step():
         pass
     assert "".join(heard) == other.output().outputs[0].text == "".join(other.pieces())
@@ -258,14 +277,14 @@ def test_a_request_that_does_not_fit_is_refused_and_the_others_go_on(llm: LLM) -
         engine.submit("x", SamplingParams(max_tokens=64))
     while engine.step():
         pass
-    assert good.output().outputs == llm.generate("Hello there", PARAMS[1])[0].outputs
+    assert good.output().outputs == by_itself(llm, "Hello there", PARAMS[1]).outputs
 
 
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
 def test_cancelling_frees_the_place_at_once_and_changes_nobody(when: str, folders: Folders) -> None:
     params = SamplingParams(temperature=0, max_tokens=12)
     with load(folders("qwen2_moe"), prefill_chunk=8, sequences=3 if when == "waiting" else 4) as llm:
-        expected = llm.generate(PROMPTS, params)
+        expected = [by_itself(llm, prompt, params) for prompt in PROMPTS]
         engine = Engine(llm)
         requests = [engine.submit(prompt, params) for prompt in PROMPTS[:2]]
         engine.step()  # the first of five chunks of the second prompt
@@ -307,7 +326,7 @@ def test_a_request_ends_when_its_time_is_up(llm: LLM) -> None:
     assert hurried.output().outputs[0].finish_reason == "abort"
     while engine.step():
         pass
-    assert patient.output().outputs == llm.generate("there", params)[0].outputs
+    assert patient.output().outputs == by_itself(llm, "there", params).outputs
 
 
 def test_a_request_whose_sampling_or_listener_fails_is_alone_in_that(
@@ -328,7 +347,7 @@ def test_a_request_whose_sampling_or_listener_fails_is_alone_in_that(
     monkeypatch.setattr(LiveSequence, "choose", failing)
     while engine.step():
         pass
-    assert good.output().outputs == llm.generate("Hello there", params)[0].outputs
+    assert good.output().outputs == by_itself(llm, "Hello there", params).outputs
     with pytest.raises(ArithmeticError, match="no number"):
         bad.output()
     with pytest.raises(ZeroDivisionError):
@@ -361,7 +380,7 @@ def test_an_error_in_the_arithmetic_ends_its_unit_and_not_the_engine(
     for request in requests[:4]:
         with pytest.raises(OSError, match="the disk is gone"):
             request.output()
-    assert requests[4].output().outputs == llm.generate(PROMPTS[4], params)[0].outputs
+    assert requests[4].output().outputs == by_itself(llm, PROMPTS[4], params).outputs
     check_at_rest(engine)
 
 
@@ -382,14 +401,14 @@ def test_ctrl_c_comes_out_and_the_engine_lives(llm: LLM, execution: Any) -> None
         pass
     with pytest.raises(RuntimeError, match="interrupted in the middle of a step"):
         requests[0].output()
-    assert requests[4].output().outputs == llm.generate(PROMPTS[4], params)[0].outputs
+    assert requests[4].output().outputs == by_itself(llm, PROMPTS[4], params).outputs
     check_at_rest(engine)
 
 
 def test_threads_submit_and_cancel_while_one_steps(llm: LLM) -> None:
     engine = Engine(llm)
     params = SamplingParams(temperature=0, max_tokens=6)
-    expected = {prompt: llm.generate(prompt, params)[0].outputs for prompt in PROMPTS}
+    expected = {prompt: by_itself(llm, prompt, params).outputs for prompt in PROMPTS}
     done = threading.Event()
 
     def serve() -> None:

@@ -179,6 +179,16 @@ def test_more_prompts_may_follow_but_not_other_settings(folders: dict[str, Path]
         record(folders["switch"], tmp_path)
 
 
+def test_a_recording_of_more_sequences_than_a_batch_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """They would join and leave between steps, and passes would have other rows than the recording's batches."""
+    with pytest.raises(
+        ValueError, match=r"sequences=8 and batch=4: a recording runs one batch at a time.*--sequences"
+    ):
+        record(folders["qwen2_moe"], tmp_path, sequences=8)
+
+
 def test_long_prompts_are_left_out_and_counted(folders: dict[str, Path], tmp_path: Path) -> None:
     with LLM(folders["qwen2_moe"], cache_size=3, batch=4, context=14) as llm:
         assert record_trace(llm, EXAMPLES, tmp_path, SHORT, "few").too_long == 1
