@@ -107,13 +107,22 @@ class Costs:
     """What the virtual clock goes by.
 
     expert_s: arithmetic of one expert for the batch; dense_s: what runs before each MoE layer; chunk_s: one chunk
-    on the link, of which an expert has `chunks`.
+    on the link, of which an expert has `chunks`. The others are what Python and threads add, 0 where experts are
+    large enough: pass_s once per pass (prediction, sampling, what is before and behind the layers); ahead_s for
+    each layer that look-ahead is asked about; miss_s to ask for one expert; call_s between two loads, in which the
+    thread that loads enters the one and takes up the other, so that the link idles; wake_s from the arrival of an
+    expert that arithmetic has waited for until it goes on.
     """
 
     expert_s: float
     dense_s: float
     chunk_s: float
     chunks: int
+    pass_s: float = 0.0
+    ahead_s: float = 0.0
+    miss_s: float = 0.0
+    call_s: float = 0.0
+    wake_s: float = 0.0
 
     @property
     def load_s(self) -> float:
