@@ -27,6 +27,7 @@ BELOW: dict[str, set[str]] = {
     "step_time": {"core", "config"},
     "budget": {"core", "config"},
     "read_ahead": set(),
+    "disturbance": set(),
     "hub_headers": {"core", "config", "store"},
     "models": {"core", "config", "trace", "store", "cache", "predictor", "budget", "read_ahead", "step_time"},
     "measure": {"core", "config", "store", "cache", "models", "step_time"},
