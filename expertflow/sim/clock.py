@@ -46,6 +46,7 @@ class Outcome:
     compute_seconds: float = 0.0
     stall_seconds: float = 0.0
     link_seconds: float = 0.0
+    waits: int = 0  # times that arithmetic stood still
 
     @property
     def hit_ratio(self) -> float:
@@ -206,6 +207,7 @@ class Simulation:
             self._stall()
             waited = True
         if waited:
+            self.outcome.waits += 1
             self._now += self.costs.wake_s
             self.outcome.stall_seconds += self.costs.wake_s
             self.link.run_until(self._now)

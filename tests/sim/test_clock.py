@@ -85,7 +85,7 @@ def test_what_python_and_threads_add_by_hand():
     passes = [Pass([[0]], None)] * 2
     outcome = simulate("lru", MoEShape((4,)), 4, passes, costs)
     assert outcome.seconds == (10 + 1 + 4 + 0.5 + 0.25 + 2) + (10 + 2)
-    assert (outcome.stall_seconds, outcome.link_seconds) == (4.75, 4)
+    assert (outcome.stall_seconds, outcome.link_seconds, outcome.waits) == (4.75, 4, 1)
 
 
 def test_the_link_idles_while_a_load_is_entered():
