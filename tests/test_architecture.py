@@ -36,6 +36,7 @@ BELOW["forecast"] = {*BELOW} - {"predictor", "scheduler", "sim"}
 BELOW["engine"] = {*BELOW} - {"sim", "forecast"}
 BELOW["check"] = {*BELOW} - {"predictor", "scheduler", "sim", "forecast"}
 BELOW["report"] = {"core", "config", "budget", "engine"}
+BELOW["machine_profile"] = {"config", "disturbance", "forecast", "measure", "sim", "step_time"}
 BELOW["server"] = {*BELOW}
 BELOW["cli"] = {*BELOW}
 
