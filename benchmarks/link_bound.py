@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from benchmarks.common import console, other_load, report
@@ -30,7 +31,15 @@ from expertflow.sim.hardware import Costs
 AIM = 1.02  # of the better of lru and lfu, with predictions
 CALIBRATED_AT = 12.0
 COLUMNS = (
-    *("policy (predictor)", "ms/step", "to lru", "hits", "kB/step", "stall", "link busy", "stolen", "others"),
+    "policy (predictor)",
+    "ms/step",
+    "to lru",
+    "hits",
+    "kB/step",
+    "stall",
+    "link busy",
+    "stolen",
+    "others",
 )
 
 
@@ -150,9 +159,9 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+        table.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
     kind = rows[0]["kind"]
     for row in rows:
         if row["kind"] != kind:
@@ -164,7 +173,7 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
             else f"{row['policy']} ({Path(row['predictor']).name})"
         )
         table.add_row(
-            name if kind == "measured" else f"simulated: {name}",
+            name if kind == "measured" else f"{name}, simulated",
             f"{row['step_seconds'] * 1e3:.2f}",
             f"{row['time_to_lru']:.2f}",
             f"{row['hit_ratio']:.3f}",

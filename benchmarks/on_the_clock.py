@@ -33,6 +33,7 @@ from expertflow.sim.hardware import Costs
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models" / "tiny-moe"
 TEXTS = ROOT / "zoo" / "sample" / "chat.jsonl.xz"
+_HALVINGS = 8  # to 0.4 %
 PROMPT, SETTLE = 32, 16  # tokens before the first step; steps before the first that counts
 
 
@@ -301,12 +302,24 @@ def over_link(costs: Costs, run: Run) -> Costs:
 def waiting(costs: Costs, bound: Run) -> Costs:
     """Adds what a load costs beside its bytes, from a run that a link holds up.
 
-    call_s is the loader's turnaround as seen; wake_s what is missing per wait between the simulator and that run.
+    call_s is the loader's turnaround as seen; wake_s the one with which the simulator takes as long as that run.
     """
     costs = replace(over_link(costs, bound), call_s=median(bound.turnaround_s) if bound.turnaround_s else 0.0)
     simulated = simulate(bound, costs)
     missing_s = bound.seconds - simulated.seconds
-    return replace(costs, wake_s=max(0.0, missing_s / simulated.waits) if simulated.waits else 0.0)
+    if missing_s <= 0 or not simulated.waits:
+        return costs
+    # The link goes on while arithmetic wakes, so a second of waking costs less than a second: found by halving.
+    least, most = 0.0, missing_s / simulated.waits
+    while simulate(bound, replace(costs, wake_s=most)).seconds < bound.seconds and most < bound.seconds:
+        least, most = most, 2 * most
+    for _ in range(_HALVINGS):
+        middle = (least + most) / 2
+        if simulate(bound, replace(costs, wake_s=middle)).seconds < bound.seconds:
+            least = middle
+        else:
+            most = middle
+    return replace(costs, wake_s=most)
 
 
 def simulate(

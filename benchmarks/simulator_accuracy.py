@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from benchmarks.common import console, other_load, report
@@ -99,7 +100,8 @@ def compare(folder: Path, steps: int) -> dict[str, Any]:
         costs[batch], calibrations[batch] = calibrate(
             folder, batch, ["online"], steps, CALIBRATED_AT * layer_experts
         )
-    table = Table(title=f"{folder.name}: predicted and measured, {steps} steps each", title_justify="left")
+    title = f"{folder.name}: predicted and measured, {steps} steps each"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         table.add_column(column, justify="right")
     rows = []
