@@ -302,23 +302,24 @@ def over_link(costs: Costs, run: Run) -> Costs:
 def waiting(costs: Costs, bound: Run) -> Costs:
     """Adds what a load costs beside its bytes, from a run that a link holds up.
 
-    call_s is the loader's turnaround as seen; wake_s the one with which the simulator takes as long as that run.
+    call_s is the loader's turnaround as seen; wake_s the one with which the simulator stalls as long as that run did.
     """
     costs = replace(over_link(costs, bound), call_s=median(bound.turnaround_s) if bound.turnaround_s else 0.0)
+    stalled_s = sum(bound.stall_s)
+
+    def stalls_less(wake_s: float) -> bool:
+        return simulate(bound, replace(costs, wake_s=wake_s)).stall_seconds < stalled_s
+
     simulated = simulate(bound, costs)
-    missing_s = bound.seconds - simulated.seconds
-    if missing_s <= 0 or not simulated.waits:
+    if simulated.stall_seconds >= stalled_s or not simulated.waits:
         return costs
     # The link goes on while arithmetic wakes, so a second of waking costs less than a second: found by halving.
-    least, most = 0.0, missing_s / simulated.waits
-    while simulate(bound, replace(costs, wake_s=most)).seconds < bound.seconds and most < bound.seconds:
+    least, most = 0.0, (stalled_s - simulated.stall_seconds) / simulated.waits
+    while stalls_less(most) and most < stalled_s:
         least, most = most, 2 * most
     for _ in range(_HALVINGS):
         middle = (least + most) / 2
-        if simulate(bound, replace(costs, wake_s=middle)).seconds < bound.seconds:
-            least = middle
-        else:
-            most = middle
+        least, most = (middle, most) if stalls_less(middle) else (least, middle)
     return replace(costs, wake_s=most)
 
 

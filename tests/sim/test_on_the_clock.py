@@ -64,16 +64,18 @@ def test_arithmetic_is_found_in_the_time_of_steps():
     assert predicting.ahead_s == pytest.approx(TRUE.ahead_s, rel=1e-3)
 
 
-def test_waiting_is_what_a_run_over_a_link_took_longer():
+def test_waiting_is_what_a_run_over_a_link_stalled_longer():
     bound = synthetic("none", link=4_000_000)
     true = over_link(TRUE, bound)
     assert true.load_s == pytest.approx(2e-3)
-    seconds = simulate(bound, true).seconds
-    bound.step_s = [seconds / len(bound.step_s)] * len(bound.step_s)
+    stalled_s = simulate(bound, true).stall_seconds
+    bound.stall_s = [stalled_s / len(bound.step_s)] * len(bound.step_s)
     bound.turnaround_s = [TRUE.call_s] * 9 + [1.0]
     found = waiting(replace(TRUE, call_s=0.0, wake_s=0.0), bound)
     assert found.call_s == TRUE.call_s
     assert found.wake_s == pytest.approx(TRUE.wake_s, rel=0.05)
+    bound.stall_s = [0.0] * len(bound.step_s)
+    assert waiting(TRUE, bound).wake_s == TRUE.wake_s, "less than none cannot be found"
 
 
 def test_a_ratio_gives_the_link_on_which_lru_has_it():
