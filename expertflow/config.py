@@ -43,6 +43,11 @@ class Settings:
     store: str = setting(
         "disk", "where the other experts are: disk (read in place) or ram (all copied there)"
     )
+    link: str | int | None = setting(
+        None,
+        "read experts no faster than this, e.g. 2GB/s: to see how the model would run over such a link, a slower disk "
+        "or bus; with --store ram nothing else is in the way; default: as fast as they come",
+    )
     direct_io: bool | None = setting(
         None, "bypass the page cache when reading experts; default: yes where the file system can"
     )
@@ -81,6 +86,8 @@ class Settings:
             )
         if self.store not in ("disk", "ram"):
             raise ValueError(f"store={self.store!r} is unknown; use 'disk' or 'ram'")
+        if self.link is not None:
+            parse_bandwidth(self.link)
         object.__setattr__(self, "predictor", str(self.predictor))
         if self.policy is None:
             object.__setattr__(self, "policy", "lru" if self.predictor == "none" else "plec")
@@ -159,8 +166,31 @@ def parse_bytes(size: str | int) -> int:
 
     A bare number in text is refused: "6" could be anything.
     """
+    return _parse("memory", size, "'6GiB'", "'6GiB' or '6GB'", "bytes")
+
+
+def parse_bandwidth(rate: str | int) -> int:
+    """Bytes per second in "25GB/s", "900 MiB/s", or an int of bytes per second. Bits are refused."""
+    given: str | int = rate
+    if isinstance(rate, str):
+        size, slash, per = rate.strip().rpartition("/")
+        if not slash or per.strip() != "s":
+            raise ValueError(f"link={rate!r} is not per second; write for example '2GB/s'")
+        given = size.strip()
+        if given.endswith("b") or given.lower().endswith("bit"):
+            raise ValueError(
+                f"link={rate!r} is in bits or bytes? Divide bits by 8, and write bytes with a capital B: '2GB/s'"
+            )
+    return _parse("link", given, "'2GB/s'", "'2GB/s' or '900MiB/s'", "bytes per second", said=rate)
+
+
+def _parse(
+    name: str, size: str | int, example: str, examples: str, what: str, said: str | int | None = None
+) -> int:
+    """A number of bytes with a unit. said: the value as the user gave it, for messages."""
+    said = size if said is None else said
     if isinstance(size, bool) or not isinstance(size, (str, int)):
-        raise ValueError(f"memory={size!r} is neither text such as '6GiB' nor a whole number of bytes")
+        raise ValueError(f"{name}={said!r} is neither text such as {example} nor a whole number of {what}")
     if isinstance(size, int):
         number, unit = float(size), "b"
     else:
@@ -170,18 +200,37 @@ def parse_bytes(size: str | int) -> int:
         try:
             number = float(digits)
         except ValueError:
-            raise ValueError(f"memory={size!r} is not a size; write for example '6GiB' or '6GB'") from None
+            raise ValueError(f"{name}={said!r} is not a size; write for example {examples}") from None
         if not number > 0:
-            raise ValueError(f"memory={size!r} must be above zero; write for example '6GiB'")
+            raise ValueError(f"{name}={said!r} must be above zero; write for example {example}")
         if not unit:
-            raise ValueError(f"memory={size!r} has no unit; write '{size}GiB' if you mean gibibytes")
+            raise ValueError(f"{name}={said!r} has no unit; {_with_unit(name, text)}")
         if unit not in _UNITS:
             raise ValueError(
-                f"memory={size!r}: unknown unit {unit!r}; use B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
+                f"{name}={said!r}: unknown unit {unit!r}; use B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
             )
     if not 0 < number < float("inf"):
-        raise ValueError(f"memory={size!r} must be above zero and finite; write for example '6GiB'")
-    return int(number * _UNITS[unit])
+        raise ValueError(f"{name}={said!r} must be above zero and finite; write for example {example}")
+    nbytes = int(number * _UNITS[unit])
+    if not nbytes:
+        raise ValueError(f"{name}={said!r} is less than a byte; write for example {example}")
+    return nbytes
+
+
+def _with_unit(name: str, number: str) -> str:
+    if name == "link":
+        return f"write '{number}GB/s' if you mean gigabytes per second"
+    return f"write '{number}GiB' if you mean gibibytes"
+
+
+def format_bandwidth(bytes_per_second: float) -> str:
+    """ "2 GB/s", "812 MB/s": three significant digits, decimal units, as links are sold."""
+    magnitude, unit = bytes_per_second, "B/s"
+    for larger in ("kB/s", "MB/s", "GB/s", "TB/s"):
+        if magnitude < 1000:
+            break
+        magnitude, unit = magnitude / 1000, larger
+    return f"{magnitude:.3g} {unit}"
 
 
 def format_bytes(nbytes: float) -> str:

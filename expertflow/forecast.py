@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from expertflow import budget
 from expertflow.budget import MemoryPlan, plan_memory
-from expertflow.config import Settings, format_bytes, parse_bytes
+from expertflow.config import Settings, format_bandwidth, format_bytes, parse_bandwidth, parse_bytes
 from expertflow.hub_headers import cached_snapshot, fetch_hub_model
 from expertflow.measure import measure_copy_bandwidth, measure_disk, measure_machine, nearest_existing
 from expertflow.models.attach import register
@@ -117,6 +117,9 @@ def plan_model(
     disk_folder = checkpoint.folder if downloaded else Path(constants.HF_HUB_CACHE)
     if machine is None:
         machine = _measure(skeleton, settings, disk_folder, checkpoint.files if downloaded else ())
+    if settings.link is not None:
+        load_bytes_per_s = min(machine.load_bytes_per_s, parse_bandwidth(settings.link))
+        machine = replace(machine, load_bytes_per_s=load_bytes_per_s)
     work = skeleton.work
     resident = memory.resident_share
     expected = forecast_speed(
@@ -307,6 +310,8 @@ def _machine_table(forecast: Forecast) -> Table:
     table.add_column("measured")
     table.add_column("", justify="right")
     where = "from RAM" if settings.store == "ram" else f"disk of {forecast.disk_folder}"
+    if settings.link is not None:
+        where += f", held to {format_bandwidth(parse_bandwidth(settings.link))}"
     table.add_row(f"loading, {where}", f"{machine.load_bytes_per_s / 1e9:.2f} GB/s")
     table.add_row(
         "weights multiplied by one row, experts", f"{machine.expert.memory_bytes_per_s / 1e9:.1f} GB/s"

@@ -28,6 +28,7 @@ BELOW: dict[str, set[str]] = {
     "step_time": {"core", "config"},
     "budget": {"core", "config"},
     "read_ahead": set(),
+    "disturbance": set(),
     "hub_headers": {"core", "config", "store"},
     "models": {"core", "config", "trace", "store", "cache", "predictor", "budget", "read_ahead", "step_time"},
     "measure": {"core", "config", "store", "cache", "models", "step_time"},
@@ -36,6 +37,7 @@ BELOW["forecast"] = {*BELOW} - {"predictor", "scheduler", "sim"}
 BELOW["engine"] = {*BELOW} - {"sim", "forecast"}
 BELOW["check"] = {*BELOW} - {"predictor", "scheduler", "sim", "forecast"}
 BELOW["report"] = {"core", "config", "budget", "engine"}
+BELOW["machine_profile"] = {"config", "disturbance", "forecast", "measure", "sim", "step_time"}
 BELOW["server"] = {*BELOW}
 BELOW["cli"] = {*BELOW}
 

@@ -275,6 +275,14 @@ def test_settings_have_an_effect(folder: Path, setting: dict[str, Any]) -> None:
     assert plan(folder, **{"cache_size": 4.0, **setting}).expected != plan(folder, cache_size=4.0).expected
 
 
+def test_a_link_bounds_what_is_loaded(folder: Path) -> None:
+    assert plan(folder, cache_size=4, link=7).machine.load_bytes_per_s == 7
+    assert plan(folder, cache_size=4, link="1MB/s").machine.load_bytes_per_s == MACHINE.load_bytes_per_s
+    assert plan(folder, cache_size=1, link=7).expected.decode.load_seconds > 2 * (
+        plan(folder, cache_size=1).expected.decode.load_seconds
+    )
+
+
 def test_experts_in_ram_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module.budget, "process_bytes", lambda: 1000)
     on_disk, in_ram = (

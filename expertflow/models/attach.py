@@ -32,7 +32,7 @@ from expertflow.budget import MemoryPlan
 from expertflow.cache.expert_cache import ExpertCache
 from expertflow.cache.loader import slot_bytes
 from expertflow.cache.policies import POLICIES
-from expertflow.config import Settings
+from expertflow.config import Settings, parse_bandwidth
 from expertflow.core import MoEShape
 from expertflow.models import deepseek_moe
 from expertflow.models.continuous import keep_pages_in_budget
@@ -49,8 +49,10 @@ from expertflow.models.uncached import run_whole_without_cache
 from expertflow.read_ahead import will_need
 from expertflow.store.checkpoint import Checkpoint, TensorSpan, open_checkpoint
 from expertflow.store.disk import DiskStore
+from expertflow.store.protocol import ExpertStore
 from expertflow.store.quantized import refuse_quantized
 from expertflow.store.ram import RamStore
+from expertflow.store.throttled import ThrottledStore
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +167,9 @@ class ExpertFlowQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         copy_dense_weights(model, self._checkpoint)
         speed_up_dense(model)
-        store = RamStore(self._store) if self.settings.store == "ram" else self._store
+        store: ExpertStore = RamStore(self._store) if self.settings.store == "ram" else self._store
+        if self.settings.link is not None:
+            store = ThrottledStore(store, parse_bandwidth(self.settings.link))
         cache = ExpertCache(
             store,
             MoEShape(tuple(layer.num_experts for layer in self._moe_layers)),

@@ -22,10 +22,14 @@ from expertflow.sim.hardware import Costs
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One decode step of a batch: which experts each layer's router chose, and what was expected before."""
+    """One decode step of a batch: which experts each layer's router chose, and what was expected before.
+
+    ahead_L: what look-ahead said of each layer while the one before it ran, None where nothing; empty: nothing at all.
+    """
 
     experts_L: Sequence[Sequence[int]]
     forecast: Forecast | None
+    ahead_L: Sequence[Sequence[float] | None] = ()
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Outcome:
     compute_seconds: float = 0.0
     stall_seconds: float = 0.0
     link_seconds: float = 0.0
+    waits: int = 0  # times that arithmetic stood still
 
     @property
     def hit_ratio(self) -> float:
@@ -52,7 +57,7 @@ class Link:
     """Carries one chunk at a time, urgent loads first; each kind in the order given (as loader.py does)."""
 
     def __init__(self, costs: Costs, finished: Callable[[ExpertId, float], None]):
-        self._chunk_s, self._chunks = costs.chunk_s, costs.chunks
+        self._chunk_s, self._chunks, self._call_s = costs.chunk_s, costs.chunks, costs.call_s
         self._finished = finished
         self._urgent: dict[ExpertId, int] = {}  # chunks to go
         self._prefetch: dict[ExpertId, int] = {}
@@ -63,10 +68,12 @@ class Link:
 
     @property
     def next_end(self) -> float | None:
-        """When what is carried now will have arrived; None when idle."""
+        """When what is carried now will have arrived and be entered; None when idle."""
         if self._carrying is None:
             return None
-        return self._since + self._carrying_chunks * self._chunk_s
+        to_go = self._urgent.get(self._carrying) or self._prefetch[self._carrying]
+        whole = to_go == self._carrying_chunks
+        return self._since + self._carrying_chunks * self._chunk_s + (self._call_s if whole else 0.0)
 
     def submit(self, expert: ExpertId, urgent: bool, now: float) -> None:
         if urgent:
@@ -132,35 +139,45 @@ class Simulation:
         self.outcome = Outcome()
         self.events: list[tuple] | None = [] if record_events else None
         self._now = 0.0
+        self._counted_from = 0.0
+        self._carried_before = 0
         self._pending: set[ExpertId] = set()  # of the open layer, not computed yet
         self._ready: deque[ExpertId] = deque()  # those of them that are there
 
-    def run(self, passes: Sequence[Pass]) -> Outcome:
+    def run(self, passes: Sequence[Pass], settle: int = 0) -> Outcome:
+        """What came of the passes after the first `settle`, which run but do not count."""
         if isinstance(self.policy, Belady):
             self.policy.foresee([visit for step in passes for visit in enumerate(step.experts_L)])
-        for step in passes:
+        for number, step in enumerate(passes):
+            if number == settle:
+                self.outcome = Outcome()
+                self._counted_from, self._carried_before = self._now, self.link.chunks_carried
             self._run_pass(step)
         outcome = self.outcome
-        outcome.seconds = self._now
-        outcome.chunks = self.link.chunks_carried
+        outcome.seconds = self._now - self._counted_from
+        outcome.chunks = self.link.chunks_carried - self._carried_before
         outcome.loads = outcome.chunks / self.costs.chunks
         outcome.link_seconds = outcome.chunks * self.costs.chunk_s
         return outcome
 
     def _run_pass(self, step: Pass) -> None:
         self.outcome.passes += 1
+        self._compute(self.costs.pass_s)
         self._record("begin_pass", step.forecast)
         self._execute(self.plan.begin_pass(step.forecast))
         for layer, experts in enumerate(step.experts_L):
             self._compute(self.costs.dense_s)
-            self._run_layer(layer, [ExpertId(layer, expert) for expert in experts])
+            after = layer + 1
+            ahead_E = step.ahead_L[after] if after < len(step.ahead_L) else None
+            self._run_layer(layer, [ExpertId(layer, expert) for expert in experts], ahead_E)
 
-    def _run_layer(self, layer: int, routed: list[ExpertId]) -> None:
+    def _run_layer(self, layer: int, routed: list[ExpertId], ahead_E: Sequence[float] | None) -> None:
         needed = routed
         if self.policy.whole_layers:
             others = set(range(self.policy.shape.experts_per_layer[layer])) - {e.expert for e in routed}
             needed = [*routed, *(ExpertId(layer, expert) for expert in sorted(others))]
         wanted = set(routed)
+        self._compute(self.costs.miss_s * sum(self.table.lookup(expert) is None for expert in needed))
         self._pending = set(needed)
         self._record("open_layer", layer, tuple(needed))
         opened = self.plan.open_layer(layer, needed)
@@ -170,14 +187,30 @@ class Simulation:
         self.outcome.in_flight += len(wanted.intersection(opened.in_flight))
         self._execute(opened.actions)
         while self._pending:
-            while not self._ready or (self.policy.blocking and self._some_are_loading()):
-                self._stall()
+            self._wait_for_one()
+            if ahead_E is not None:  # when the first is there, as run_experts asks
+                self._compute(self.costs.ahead_s)
+                self._record("refine", layer + 1, ahead_E)
+                self._execute(self.plan.refine(layer + 1, ahead_E))
+                ahead_E = None
             expert = self._ready.popleft()
             self._pending.remove(expert)
             if expert in wanted:
                 self._compute(self.costs.expert_s)
             self._record("release", expert)
             self._execute(self.plan.release(expert))
+
+    def _wait_for_one(self) -> None:
+        """Until an expert of the open layer can be computed; by a blocking policy, until all are there."""
+        waited = False
+        while not self._ready or (self.policy.blocking and self._some_are_loading()):
+            self._stall()
+            waited = True
+        if waited:
+            self.outcome.waits += 1
+            self._now += self.costs.wake_s
+            self.outcome.stall_seconds += self.costs.wake_s
+            self.link.run_until(self._now)
 
     def _some_are_loading(self) -> bool:
         return any(

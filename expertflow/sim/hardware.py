@@ -11,24 +11,30 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+FORMAT = "expertflow-hardware-1"  # of a profile that `expertflow measure` wrote
 CHUNK_BYTES = 4 << 20  # a load is cut into pieces of this size; a demand waits for one at most
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A link from slow to fast memory beside one unit that computes."""
+    """A link from slow to fast memory beside one unit that computes.
+
+    layer_seconds: of what runs between two MoE layers, besides reading the weights; None: as call_seconds, and
+    nothing for a model of which no weights between them are known.
+    """
 
     name: str
     link_bytes_per_s: float
     memory_bytes_per_s: float  # weights are read from fast memory once per product
-    call_seconds: (
-        float  # of each expert, and of what runs between two MoE layers, besides reading the weights
-    )
+    call_seconds: float  # of each expert, besides reading its weights
+    layer_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name != "name" and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+            if entry.name == "name" or (entry.name == "layer_seconds" and value is None):
+                continue
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < float("inf")):
                 raise ValueError(f"hardware {self.name!r}: {entry.name}={value!r} must be a number above 0")
 
 
@@ -49,14 +55,17 @@ def hardware(name: str) -> Hardware:
     if not name.endswith(".json"):
         raise ValueError(
             f"unknown hardware {name!r}; known: {', '.join(PROFILES)}, or a JSON file with link_bytes_per_s, "
-            f"memory_bytes_per_s and call_seconds"
+            f"memory_bytes_per_s and call_seconds, such as `expertflow measure -o mine.json` writes"
         )
     path = Path(name)
     try:
         said: Any = json.loads(path.read_text())
+        if isinstance(said, dict) and said.get("format") == FORMAT:
+            # "measured" tells people what the figures were made from.
+            said = {k: v for k, v in said.items() if k not in ("format", "measured", "name")}
         return Hardware(**{"name": path.stem, **said})
     except (TypeError, json.JSONDecodeError) as error:
-        example = {k: v for k, v in asdict(PROFILES["a40"]).items() if k != "name"}
+        example = {k: v for k, v in asdict(PROFILES["a40"]).items() if k not in ("name", "layer_seconds")}
         raise ValueError(f"{path} is no hardware profile ({error}); write {json.dumps(example)}") from None
 
 
@@ -107,13 +116,22 @@ class Costs:
     """What the virtual clock goes by.
 
     expert_s: arithmetic of one expert for the batch; dense_s: what runs before each MoE layer; chunk_s: one chunk
-    on the link, of which an expert has `chunks`.
+    on the link, of which an expert has `chunks`. The others are what Python and threads add, 0 where experts are
+    large enough: pass_s once per pass (prediction, sampling, what is before and behind the layers); ahead_s for
+    each layer that look-ahead is asked about; miss_s to ask for one expert; call_s between two loads, in which the
+    thread that loads enters the one and takes up the other, so that the link idles; wake_s from the arrival of an
+    expert that arithmetic has waited for until it goes on.
     """
 
     expert_s: float
     dense_s: float
     chunk_s: float
     chunks: int
+    pass_s: float = 0.0
+    ahead_s: float = 0.0
+    miss_s: float = 0.0
+    call_s: float = 0.0
+    wake_s: float = 0.0
 
     @property
     def load_s(self) -> float:
@@ -123,9 +141,12 @@ class Costs:
 def costs(machine: Hardware, expert_bytes: int, dense_bytes: int) -> Costs:
     """Decode batches are small: an expert's product takes as long as reading its weights."""
     chunks = ceil(expert_bytes / CHUNK_BYTES)
+    layer_s = machine.layer_seconds
+    if layer_s is None:
+        layer_s = machine.call_seconds if dense_bytes else 0.0
     return Costs(
         expert_s=machine.call_seconds + expert_bytes / machine.memory_bytes_per_s,
-        dense_s=machine.call_seconds + dense_bytes / machine.memory_bytes_per_s if dense_bytes else 0.0,
+        dense_s=layer_s + dense_bytes / machine.memory_bytes_per_s,
         chunk_s=expert_bytes / machine.link_bytes_per_s / chunks,
         chunks=chunks,
     )

@@ -57,7 +57,7 @@ def size_of(meta: TraceMeta, name: str | None, expert_bytes: int | None) -> tupl
         size = ModelSize("unknown", experts, top_k, _UNKNOWN_EXPERT_BYTES, 0)
         return size, (
             f"routes of {meta.model} ({shape}); no published model has this shape: an expert counts as "
-            f"{size.expert_bytes / 1e6:.1f} MB (--expert-bytes), and nothing runs between MoE layers"
+            f"{size.expert_bytes / 1e6:.1f} MB (--expert-bytes), and no weights are read between MoE layers"
         )
     if (found.experts, found.top_k) != (experts, top_k):
         raise ValueError(

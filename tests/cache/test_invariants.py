@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fakes import (
+    GUARD_S,
     HIDDEN,
     FakeStore,
     Threads,
@@ -38,6 +40,7 @@ from expertflow.store.checkpoint import open_checkpoint
 from expertflow.store.disk import DiskStore
 from expertflow.store.layout import Part
 from expertflow.store.ram import RamStore
+from expertflow.store.throttled import ThrottledStore
 
 SHAPE = MoEShape((6, 6, 6))
 PASSES, TOKENS, TOP_K = 3, 7, 2
@@ -266,6 +269,49 @@ def test_forecasts_are_invisible(seed, policy):
         assert cache.table.residents == cache._weights.keys()
     finally:
         adversary.gate.open()
+        cache.close()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_over_a_throttled_link_replays_exactly(seed, policy):
+    """Forecasts and refinements as above, and a link that holds each chunk back for as long as a layer takes: its
+    thread decides beside the layers', when its bytes have crossed. What was recorded is what the plan decides."""
+    routes = Routes.random(seed)
+    expected = all_resident(FakeStore(SHAPE), routes)
+    fake = FakeStore(SHAPE)
+    seconds = [0.0]
+    permits = threading.Semaphore(0)
+
+    def sleep(left: float) -> None:
+        assert permits.acquire(timeout=GUARD_S), "nobody lets the link go on"
+        seconds[0] += left
+
+    store = ThrottledStore(fake, 1e6, clock=lambda: seconds[0], sleep=sleep)
+    cache = ExpertCache(store, SHAPE, (3, 6, 12)[seed % 3], policy=policy, record_events=True)
+    poison_pending_slots(cache)
+    on_wait(cache, lambda: permits.release(1 + fake.num_chunks))
+
+    def multiply_while_bytes_cross(rows_ND: Tensor, weights: Weights) -> Tensor:
+        permits.release()
+        return multiply(rows_ND, weights)
+
+    try:
+        kind = Forecasts.KINDS[seed % len(Forecasts.KINDS)] if seed < 4 else "right"
+        output = run(cache, routes, multiply_while_bytes_cross, None, Forecasts(kind, routes, seed))
+        assert torch.equal(output, expected)
+        permits.release(10_000)
+        cache.wait_idle()
+        assert seconds[0] == pytest.approx(cache.stats.bytes_read / 1e6), (
+            "the link was never idle on this clock"
+        )
+        events = cache.events
+        assert events is not None
+        assert {"begin_pass", "refine", "open_layer", "load_finished"} <= {kind for kind, *_ in events}
+        done, decided = replayed_actions(cache, policy)
+        assert done == decided
+    finally:
+        permits.release(10_000)
         cache.close()
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
 from expertflow import budget
 from expertflow.models import attach
 from expertflow.models.attach import ExpertFlowConfig
+from expertflow.store.throttled import ThrottledStore
 from tests.families import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -193,12 +195,33 @@ def test_too_little_memory_is_refused_with_the_least_that_works(mixtral, monkeyp
         ({"memry": "6GiB"}, "no setting 'memry'; it has: memory, cache_size"),
         ({"policy": "best"}, "policy='best' is unknown; it can be: .*lru"),
         ({"store": "cloud"}, "store='cloud' is unknown"),
+        ({"link": "2GB"}, "link='2GB' is not per second"),
         ({"memory": "6GiB"}, "both set the number of slots"),
     ],
 )
 def test_settings_are_checked_before_anything_is_read(settings, message):
     with pytest.raises(ValueError, match=message):
         load(Path("there-is-no-such-folder"), **settings)
+
+
+@pytest.mark.parametrize("store", ["disk", "ram"])
+def test_experts_come_over_the_link_that_was_asked_for(mixtral, monkeypatch, store):
+    slept: list[float] = []
+    held = partial(ThrottledStore, clock=lambda: 100.0 + sum(slept), sleep=slept.append)
+    monkeypatch.setattr(attach, "ThrottledStore", held)
+    unhindered, hindered = (load(mixtral, store=store, link=link) for link in (None, "1MB/s"))
+    try:
+        assert torch.equal(logits(unhindered), logits(hindered))
+        hindered.expertflow.cache.wait_idle()
+        stats = hindered.expertflow.cache.stats
+        assert stats.bytes_read > 0
+        # The clock stands still but for sleep, so every read but one that begins later waits for its bytes.
+        assert sum(slept) == pytest.approx(stats.bytes_read / 1e6, rel=1e-6)
+        assert stats.io_mode.endswith("held to 1 MB/s")
+        assert not unhindered.expertflow.cache.stats.io_mode.endswith("/s")
+    finally:
+        unhindered.expertflow.close()
+        hindered.expertflow.close()
 
 
 @pytest.mark.parametrize("device_map", ["cuda", {"": 0}, "balanced", {"": "disk"}])

@@ -78,6 +78,54 @@ def test_an_unwanted_prefetch_that_has_not_begun_costs_nothing():
     assert outcome.loads == 3
 
 
+def test_what_python_and_threads_add_by_hand():
+    """One expert, loaded in 4 s and computed in 2: beside that, 10 s before the pass and 1 s to ask; 0.5 s to enter
+    what came, 0.25 s to wake. The second pass finds it, and waits for nothing."""
+    costs = Costs(2.0, 0.0, 1.0, 4, pass_s=10.0, miss_s=1.0, call_s=0.5, wake_s=0.25)
+    passes = [Pass([[0]], None)] * 2
+    outcome = simulate("lru", MoEShape((4,)), 4, passes, costs)
+    assert outcome.seconds == (10 + 1 + 4 + 0.5 + 0.25 + 2) + (10 + 2)
+    assert (outcome.stall_seconds, outcome.link_seconds, outcome.waits) == (4.75, 4, 1)
+
+
+def test_the_link_idles_while_a_load_is_entered():
+    costs = Costs(0.0, 0.0, 1.0, 4, call_s=0.5)
+    assert simulate("lru", MoEShape((4,)), 4, [Pass([[0, 1, 2]], None)], costs).seconds == 3 * 4.5
+
+
+def test_a_prefetch_that_makes_way_is_entered_once():
+    """As above, where the demand waits for one chunk: what is interrupted is not entered, only what is whole."""
+    costs = Costs(expert_s=1.5, dense_s=5.5, chunk_s=1.0, chunks=4, call_s=0.25)
+    simulation = Simulation(POLICIES["plec"](MoEShape((4, 4)), 4), costs)
+    simulation.run([Pass([[0, 1], [2]], surely([0], [2]))])
+    # 0 to 4.25: expert 0. 4.25 to 6.25: half of expert 2. 6.25 to 10.5: expert 1. 10.5 to 12.75: the rest of 2.
+    assert simulation.outcome.stall_seconds == 10.5 - 7
+    assert simulation.outcome.seconds == 10.5 + 1.5 + 5.5 + 1.5
+
+
+def test_look_ahead_speaks_when_the_first_expert_is_there():
+    """Nobody foretells the pass; of layer 1, look-ahead says 2 at 5 s (4 s of loading, 1 s of looking). So expert 2
+    crosses from 5 to 9, while expert 0 computes until 7."""
+    costs = Costs(expert_s=2.0, dense_s=0.0, chunk_s=1.0, chunks=4, ahead_s=1.0)
+    ahead = [None, [0.0, 0.0, 1.0, 0.0]]
+    nothing = Forecast([[0.0] * 4] * 2, [[30.0] * 4] * 2)
+    simulation = Simulation(POLICIES["plec"](MoEShape((4, 4)), 6), costs, record_events=True)
+    outcome = simulation.run([Pass([[0], [2]], nothing, ahead)])
+    assert outcome.seconds == 9 + 2
+    assert (outcome.in_flight, outcome.compute_seconds) == (1, 2 * 2 + 1)
+    assert simulation.events is not None
+    assert [event[1:] for event in simulation.events if event[0] == "refine"] == [(1, ahead[1])]
+    unasked = simulate("plec", MoEShape((4, 4)), 6, [Pass([[0], [2]], nothing)], costs)
+    assert unasked.seconds == 4 + 2 + 4 + 2
+
+
+def test_passes_that_settle_do_not_count():
+    passes = [Pass([[0, 1]], None), Pass([[0, 1]], None), Pass([[0, 2]], None)]
+    simulation = Simulation(POLICIES["lru"](MoEShape((4,)), 4), COSTS)
+    outcome = simulation.run(passes, settle=2)
+    assert (outcome.passes, outcome.seconds, outcome.loads, outcome.hits, outcome.uses) == (1, 4 + 2, 1, 1, 2)
+
+
 def random_passes(shape: MoEShape, seed: int, count: int = 30, predict: bool = True) -> list[Pass]:
     draw = random.Random(seed)
     passes = []
@@ -87,7 +135,8 @@ def random_passes(shape: MoEShape, seed: int, count: int = 30, predict: bool = T
             [min(1.0, max(0.0, (e in experts) * 0.7 + draw.random() * 0.3)) for e in range(n)]
             for experts, n in zip(experts_L, shape.experts_per_layer, strict=True)
         ]
-        passes.append(Pass(experts_L, Forecast(p_LE) if predict else None))
+        ahead_L = [p_E if p_E[0] < 0.5 else None for p_E in p_LE] if predict else ()
+        passes.append(Pass(experts_L, Forecast(p_LE) if predict else None, ahead_L))
     return passes
 
 

@@ -1,0 +1,145 @@
+"""Calibrating the virtual clock: costs that are known come back, and a run of the engine is what it says it is."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks import link_bound, simulator_accuracy
+from benchmarks.on_the_clock import (
+    SETTLE,
+    TINY,
+    Case,
+    Run,
+    arithmetic,
+    bandwidth_for,
+    over_link,
+    run,
+    simulate,
+    waiting,
+)
+from expertflow.cache.policies import Forecast
+from expertflow.core import MoEShape
+from expertflow.sim.clock import Pass
+from expertflow.sim.hardware import Costs
+
+SHAPE = MoEShape((8, 8, 8))
+TRUE = Costs(3e-4, 2e-3, math.inf, chunks=2, pass_s=5e-3, ahead_s=7e-4, miss_s=1e-4, call_s=2e-4, wake_s=6e-4)
+
+
+def synthetic(predictor: str, link: int | None = None, policy: str = "lru") -> Run:
+    """Steps that take exactly what TRUE says, but for two that a neighbour held up."""
+    draw = random.Random(1)
+    made = Run(Case(policy, 1, 4.0, predictor, link), SHAPE, 12, expert_bytes=8000, chunks=2)
+    said = Forecast([[0.2] * 8] * 3) if predictor != "none" else None
+    ahead_L = [None, [0.3] * 8, [0.3] * 8] if predictor != "none" else []
+    for number in range(5 + 40):
+        made.passes.append(Pass([draw.sample(range(8), draw.randint(2, 5)) for _ in range(3)], said, ahead_L))
+        if number < 5:
+            continue
+        uses = sum(map(len, made.passes[-1].experts_L))
+        missing = draw.randint(0, uses)
+        busy = uses * TRUE.expert_s + missing * TRUE.miss_s + (2 * TRUE.ahead_s if said else 0.0)
+        stalled = draw.random() * 1e-3
+        held_up = 1.0 if number in (9, 20) else 0.0
+        made.uses.append(uses)
+        made.missing.append(missing)
+        made.open_s.append(busy + stalled + held_up)
+        made.stall_s.append(stalled)
+        made.between_s.append(TRUE.dense_s)
+        made.step_s.append(made.open_s[-1] + 3 * TRUE.dense_s + TRUE.pass_s)
+    return made
+
+
+def test_arithmetic_is_found_in_the_time_of_steps():
+    demand = arithmetic(synthetic("none"))
+    for name in ("expert_s", "dense_s", "pass_s", "miss_s"):
+        assert getattr(demand, name) == pytest.approx(getattr(TRUE, name), rel=1e-3), name
+    assert demand.ahead_s == 0.0
+    predicting = arithmetic(synthetic("online", policy="plec"), demand)
+    assert predicting.ahead_s == pytest.approx(TRUE.ahead_s, rel=1e-3)
+
+
+def test_waiting_is_what_a_run_over_a_link_stalled_longer():
+    bound = synthetic("none", link=4_000_000)
+    true = over_link(TRUE, bound)
+    assert true.load_s == pytest.approx(2e-3)
+    stalled_s = simulate(bound, true).stall_seconds
+    bound.stall_s = [stalled_s / len(bound.step_s)] * len(bound.step_s)
+    bound.turnaround_s = [TRUE.call_s] * 9 + [1.0]
+    found = waiting(replace(TRUE, call_s=0.0, wake_s=0.0), bound)
+    assert found.call_s == TRUE.call_s
+    assert found.wake_s == pytest.approx(TRUE.wake_s, rel=0.05)
+    bound.stall_s = [0.0] * len(bound.step_s)
+    assert waiting(TRUE, bound).wake_s == TRUE.wake_s, "less than none cannot be found"
+
+
+def test_a_ratio_gives_the_link_on_which_lru_has_it():
+    free = synthetic("none")
+    for ratio in (0.5, 4.0):
+        case = replace(free.case, bytes_per_s=bandwidth_for(ratio, free, TRUE, 6))
+        outcome = simulate(replace(free, case=case, num_slots=6), over_link(TRUE, replace(free, case=case)))
+        assert outcome.link_seconds / outcome.compute_seconds == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize("predictor", ["none", "online"])
+def test_a_run_of_the_engine_is_recorded_as_it_was(predictor):
+    """What the simulator replays has the needs that the engine counted; and without evictions its hits as well."""
+    policy = "lru" if predictor == "none" else "plec"
+    done = run(TINY, Case(policy, 2, 20.0, predictor, 2_000_000_000), steps=4, part=0)
+    assert done.settle == 1 + SETTLE
+    counted = [sum(map(len, step.experts_L)) for step in done.passes[done.settle :]]
+    assert counted == done.uses
+    assert len(done.step_s) == len(done.between_s) == 4
+    assert all(o >= s >= 0 for o, s in zip(done.open_s, done.stall_s, strict=True))
+    assert (done.passes[-1].forecast is not None) == (predictor == "online")
+    assert any(p_E is not None for p_E in done.passes[-1].ahead_L) == (predictor == "online")
+    if predictor == "none":
+        quick = over_link(replace(TRUE, chunks=done.chunks), done)
+        outcome = simulate(done, quick)
+        assert (outcome.uses, outcome.hits) == (sum(done.uses), done.hits)
+        assert outcome.loads * done.expert_bytes == done.bytes_read
+
+
+def test_the_oracle_is_told_what_comes():
+    foretold = synthetic("online", policy="plec")
+    for step, told in zip(foretold.passes, link_bound.oracle(foretold), strict=True):
+        assert told.experts_L == step.experts_L
+        assert told.forecast is not None
+        for needed, p_E in zip(step.experts_L, told.forecast.p_LE, strict=True):
+            assert [expert for expert, p in enumerate(p_E) if p == 1.0] == sorted(needed)
+            assert sum(p_E) == len(needed)
+
+
+def row(error: float, disturbed: bool = False) -> dict[str, Any]:
+    return {"error": error, "disturbed": disturbed, "stolen": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "met"),
+    [
+        ([row(0.1), row(-0.14)], True),
+        ([row(0.1), row(-0.2)], False),
+        ([row(0.1), row(0.01, disturbed=True)], None),
+        ([row(0.9, disturbed=True)], None),
+        ([row(0.2), row(0.01, disturbed=True)], False),
+        ([{**row(0.1), "stolen": None}], None),
+    ],
+)
+def test_a_disturbed_run_is_neither_a_failure_nor_a_success(rows, met):
+    assert simulator_accuracy.targets(rows)["worst_error"]["met"] is met
+
+
+def test_twelve_runs_meet_every_ratio_with_every_policy():
+    cases = list(simulator_accuracy.cases())
+    assert len(cases) == len(set(cases)) == 12
+    for policy in ("lru", "lfu", "plec"):
+        of_policy = [case for case in cases if case[0] == policy]
+        assert {case[2] for case in of_policy} == {1, 4}
+        assert {case[3] for case in of_policy} == {1 / 4, 1 / 2}
+        assert {case[4] for case in of_policy} == {0.5, 1, 4}
+    assert simulator_accuracy.CALIBRATED_AT not in {case[3] for case in cases}
