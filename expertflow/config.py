@@ -5,7 +5,7 @@ A value and its help text appear here once. Every setting has an effect somewher
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -40,6 +40,14 @@ class Settings:
     store: str = setting(
         "disk", "where the other experts are: disk (read in place) or ram (all copied there)"
     )
+    device: str = setting(
+        "auto",
+        "where it computes, and whose memory --memory is: cpu, a torch device such as cuda:0, or auto: an accelerator "
+        "if torch sees one",
+    )
+    host_memory: str | int | None = setting(
+        None, "pinned RAM for experts between an accelerator and the disk, e.g. 16GiB; default: none"
+    )
     direct_io: bool | None = setting(
         None, "bypass the page cache when reading experts; default: yes where the file system can"
     )
@@ -59,6 +67,14 @@ class Settings:
             )
         if self.memory is not None:
             parse_bytes(self.memory)
+        if self.host_memory is not None:
+            parse_bytes(self.host_memory, "host_memory")
+            if self.store == "ram":
+                raise ValueError(
+                    f"host_memory={self.host_memory!r} holds some experts in RAM and store='ram' all of them; give "
+                    f"one of them"
+                )
+        object.__setattr__(self, "device", str(self.device))
         if self.cache_size is not None and not self.cache_size > 0:
             raise ValueError(f"cache_size={self.cache_size} must be above 0 experts per layer")
         for name in ("context", "batch", "prefill_chunk"):
@@ -70,6 +86,13 @@ class Settings:
         object.__setattr__(self, "predictor", str(self.predictor))
         if self.policy is None:
             object.__setattr__(self, "policy", "lru" if self.predictor == "none" else "plec")
+
+    def on_cpu(self, command: str) -> Settings:
+        """The same on the CPU, for a command that knows no other device; ValueError when another was asked for."""
+        if self.device not in ("auto", "cpu") or self.host_memory is not None:
+            asked = f"host_memory={self.host_memory!r}" if self.host_memory else f"device={self.device!r}"
+            raise ValueError(f"{asked}: `expertflow {command}` is about the CPU so far; leave it out")
+        return replace(self, device="cpu")
 
     @classmethod
     def names(cls) -> list[str]:
@@ -114,13 +137,13 @@ _UNITS = {
 }
 
 
-def parse_bytes(size: str | int) -> int:
+def parse_bytes(size: str | int, name: str = "memory") -> int:
     """Bytes in "6GiB" (2**30), "6GB" (10**9), "512 MiB", or an int of bytes.
 
-    A bare number in text is refused: "6" could be anything.
+    A bare number in text is refused: "6" could be anything. name: what the size is of, for errors.
     """
     if isinstance(size, bool) or not isinstance(size, (str, int)):
-        raise ValueError(f"memory={size!r} is neither text such as '6GiB' nor a whole number of bytes")
+        raise ValueError(f"{name}={size!r} is neither text such as '6GiB' nor a whole number of bytes")
     if isinstance(size, int):
         number, unit = float(size), "b"
     else:
@@ -130,17 +153,17 @@ def parse_bytes(size: str | int) -> int:
         try:
             number = float(digits)
         except ValueError:
-            raise ValueError(f"memory={size!r} is not a size; write for example '6GiB' or '6GB'") from None
+            raise ValueError(f"{name}={size!r} is not a size; write for example '6GiB' or '6GB'") from None
         if not number > 0:
-            raise ValueError(f"memory={size!r} must be above zero; write for example '6GiB'")
+            raise ValueError(f"{name}={size!r} must be above zero; write for example '6GiB'")
         if not unit:
-            raise ValueError(f"memory={size!r} has no unit; write '{size}GiB' if you mean gibibytes")
+            raise ValueError(f"{name}={size!r} has no unit; write '{size}GiB' if you mean gibibytes")
         if unit not in _UNITS:
             raise ValueError(
-                f"memory={size!r}: unknown unit {unit!r}; use B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
+                f"{name}={size!r}: unknown unit {unit!r}; use B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
             )
     if not 0 < number < float("inf"):
-        raise ValueError(f"memory={size!r} must be above zero and finite; write for example '6GiB'")
+        raise ValueError(f"{name}={size!r} must be above zero and finite; write for example '6GiB'")
     return int(number * _UNITS[unit])
 
 

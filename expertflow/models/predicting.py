@@ -127,7 +127,7 @@ class Predicting:
                 mask_BS = running.followed.context.new_mask_BS
                 assert mask_BS is not None
                 real_N = mask_BS.flatten()
-                p_E = predictor.ahead(number, hidden_TD.detach()[real_N], running.routes_L[-1][real_N])
+                p_E = predictor.ahead(number, hidden_TD.detach().cpu()[real_N], running.routes_L[-1][real_N])
                 if p_E is not None:
                     running.p_LE[number + 1, : len(p_E)] = p_E
                     refined_E = p_E[: self._experts_L[number + 1]].tolist()
