@@ -7,6 +7,7 @@ here failed. No accelerator is needed; where torch sees one, the last tests run 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from expertflow.store.disk import Chunk
 from expertflow.store.protocol import Loan
 
 SHAPE = MoEShape((6, 6, 6))
+TRUTH = FakeStore(SHAPE)
 ROWS = torch.linspace(-1, 1, 2 * HIDDEN).view(2, HIDDEN)
 
 
@@ -68,8 +70,9 @@ def product(weights: Weights, dtype: torch.dtype | None) -> Tensor:
     return F.linear(F.relu(F.linear(rows, weights["up"][0])), weights["down"][0])
 
 
+@cache
 def expected(expert: ExpertId, dtype: torch.dtype | None) -> Tensor:
-    weights = FakeStore(SHAPE).weights(expert)
+    weights = TRUTH.weights(expert)
     packed = {role: (part.to(dtype or part.dtype).clone(),) for role, (part,) in weights.items()}
     return product(packed, dtype)
 
@@ -347,14 +350,14 @@ def test_on_an_accelerator(kind):
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
     device = torch.device(accelerator.type, torch.accelerator.current_device_index())
-    cache = ExpertCache(new_store(kind), SHAPE, 3, device=AcceleratorDevice(device))
+    slots = ExpertCache(new_store(kind), SHAPE, 3, device=AcceleratorDevice(device))
     rows = ROWS.to(device)
     try:
         for _ in range(5):
             for layer in range(3):
-                for expert, weights in cache.open_layer(layer, range(6)):
+                for expert, weights in slots.open_layer(layer, range(6)):
                     assert weights["up"][0].device == device
                     got = F.linear(F.relu(F.linear(rows, weights["up"][0])), weights["down"][0])
                     torch.testing.assert_close(got.cpu(), expected(ExpertId(layer, expert), None))
     finally:
-        cache.close()
+        slots.close()

@@ -21,7 +21,8 @@ from expertflow.store.disk import Chunk
 from expertflow.store.protocol import LendingStore
 
 SHAPE = MoEShape((6, 6, 6))
-CHUNKS = FakeStore(SHAPE).num_chunks
+TRUTH = FakeStore(SHAPE)
+CHUNKS = TRUTH.num_chunks
 A, B, C = ExpertId(0, 0), ExpertId(0, 1), ExpertId(0, 2)
 
 
@@ -39,10 +40,9 @@ def new_host(num_slots: int) -> tuple[HalfReads, HostCache]:
 
 
 def truth(chunk: Chunk) -> Tensor:
-    store = FakeStore(SHAPE)
     assert isinstance(chunk, ExpertChunk)
-    buffer = torch.zeros(store.slot_bytes, dtype=torch.uint8)
-    count = store.read_chunk(store.chunks(chunk.expert)[chunk.index], buffer)
+    buffer = torch.zeros(TRUTH.slot_bytes, dtype=torch.uint8)
+    count = TRUTH.read_chunk(TRUTH.chunks(chunk.expert)[chunk.index], buffer)
     return buffer[chunk.slot_offset : chunk.slot_offset + count]
 
 
@@ -110,7 +110,7 @@ class HostFake(FakeStore):
         return self.host.read_chunk(chunk, buffer)
 
     def weights(self, expert: ExpertId) -> Any:
-        return FakeStore(SHAPE).weights(expert)
+        return TRUTH.weights(expert)
 
 
 OPS = st.lists(st.tuples(st.integers(0, 17), st.integers(0, CHUNKS - 1), st.integers(0, 3)), max_size=60)
