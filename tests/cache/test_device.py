@@ -193,9 +193,17 @@ def test_a_demand_in_the_same_layer_waits_for_the_products_before_it(new_bench):
     bench.verify()
 
 
-def test_experts_that_are_there_are_multiplied_before_those_that_are_on_their_way(new_bench):
+def test_experts_that_are_there_are_multiplied_before_those_that_are_on_their_way(new_bench, monkeypatch):
     bench = new_bench(0, 4)
     bench.layer(0, [4, 5])
+    next_ready = bench.cache._next_ready
+
+    def once_all_is_queued(pending: dict[ExpertId, None]) -> ExpertId | None:
+        """The loader is done with its part before the layer looks for its first expert."""
+        bench.cache.wait_idle()
+        return next_ready(pending)
+
+    monkeypatch.setattr(bench.cache, "_next_ready", once_all_is_queued)
     assert bench.layer(0, [1, 4, 2, 5]) == [4, 5, 1, 2]
 
 
