@@ -299,18 +299,22 @@ def read_ahead(spans: Sequence[TensorSpan]) -> None:
 
 
 @torch.no_grad()
-def copy_dense_weights(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+def copy_dense_weights(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> None:
     """Bring dense weights into RAM, or to the device, once.
 
     The loader leaves them mapped to the file: the first steps would crawl, and under memory pressure
     the kernel would drop and re-read them for ever.
     """
-    copied: dict[int, torch.Tensor] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_meta or id(tensor) in copied:
-            continue
-        copied[id(tensor)] = tensor
-        tensor.data = tensor.data.to(device, copy=True)
+    if device.type == "cpu":
+        copied: dict[int, torch.Tensor] = {}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_meta or id(tensor) in copied:
+                continue
+            copied[id(tensor)] = tensor
+            tensor.data = tensor.data.clone()
+    else:
+        model.to(device)  # type: ignore[arg-type]
+        model.tie_weights()  # on some devices torch has to make new parameters, one for each name
     for path in checkpoint.files:
         # The mapped pages count against a memory cgroup until they are given back.
         with contextlib.suppress(OSError, AttributeError), open(path, "rb") as file:

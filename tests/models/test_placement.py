@@ -85,6 +85,12 @@ def test_another_device_is_refused_naming_what_torch_sees(two_gpus, device, devi
         choose_device(Settings(device=device), device_map)
 
 
+@pytest.mark.parametrize("settings", [{"device": "cuda:99"}, {"host_memory": "1GiB", "device": "cpu"}])
+def test_a_model_is_refused_a_device_that_is_not_there(mixtral, settings):
+    with pytest.raises(ValueError, match=r"torch .* sees"):
+        load(mixtral, **settings)
+
+
 def test_without_an_accelerator_it_is_the_cpu(no_gpu):
     assert choose_device(Settings()) == torch.device("cpu")
     assert isinstance(slot_device(Settings()), HostDevice)
@@ -262,6 +268,18 @@ def test_the_budget_is_the_devices(mixtral, on_fake_device, monkeypatch):
         on_fake_device(mixtral, host_memory="1MiB")
     with pytest.raises(ValueError, match="host_memory of 4 KiB holds 0 experts"):
         on_fake_device(mixtral, host_memory="4KiB")
+
+
+def test_dense_weights_go_to_the_device_and_stay_tied(mixtral):
+    """To "meta", for which torch must make new parameters, as for devices outside its tree."""
+    model = load(mixtral, device="cpu")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    attach.copy_dense_weights(model, model.expertflow.checkpoint, torch.device("meta"))
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.expertflow.close()
 
 
 # Inputs from elsewhere. "meta" is a device that is not the CPU and there is one everywhere.
