@@ -156,7 +156,7 @@ def _measure(steps: Sequence[Step], num_groups: int) -> dict[str, Any]:
 
     for step in steps:
         size = len(step.paths_NLE)
-        count("arrival", step, lambda: np.split(np.arange(size), num_groups))  # noqa: B023 (called at once)
+        count("arrival", step, lambda: np.arange(size).reshape(num_groups, -1).tolist())  # noqa: B023 (called at once)
         for way, decide in ways(step.paths_NLE).items():
             count(f"{way}, true paths", step, decide)
         for name, p_NLE in step.predicted_NLE.items():

@@ -2,12 +2,12 @@
 
 The arithmetic is pure, so that `plan` (from headers alone) and the loader (with the process at hand)
 share it. A budget covers dense weights, slots, KV cache and scratch; on CPU the interpreter and the
-libraries too.
+libraries too, on an accelerator what torch has reserved there before.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -48,6 +48,7 @@ class MemoryPlan:
     scratch_bytes: int
     num_slots: int
     predictor_bytes: int = 0  # what prefetch by prediction holds
+    on_accelerator: bool = False  # all of it is of a device's memory
 
     @property
     def fixed_bytes(self) -> int:
@@ -85,8 +86,9 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) for people."""
+        held = "held on the device before" if self.on_accelerator else "interpreter and libraries"
         return [
-            ("interpreter and libraries", self.process_bytes, "measured now"),
+            (held, self.process_bytes, "measured now"),
             ("dense weights", self.model.dense_bytes, "attention, embeddings, shared experts, routers"),
             ("KV cache", self.kv_bytes, f"{format_bytes(self.model.kv_bytes_per_token)} per token"),
             ("scratch", self.scratch_bytes + self.model.staging_bytes, "activations, logits, slack"),
@@ -105,13 +107,18 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: ModelBytes, settings: Settings, process_bytes: int, free_bytes: int, predictor_bytes: int = 0
+    model: ModelBytes,
+    settings: Settings,
+    process_bytes: int,
+    free_bytes: int,
+    predictor_bytes: int = 0,
+    on_accelerator: bool = False,
 ) -> MemoryPlan:
     """How many slots `settings` leave for experts.
 
     process_bytes: what the process holds before any weight is read. free_bytes: used as the budget when
-    settings give neither memory nor cache_size. Raises ValueError with the arithmetic and the smallest
-    budget that works when fewer than two slots remain.
+    settings give neither memory nor cache_size. on_accelerator: both are of a device's memory. Raises
+    ValueError with the arithmetic and the smallest budget that works when fewer than two slots remain.
     """
     kv_bytes = settings.context * settings.held * model.kv_bytes_per_token
     # A chunk of prompts may run beside the newest tokens of the unit's other sequences (joint execution).
@@ -125,14 +132,19 @@ def plan_memory(
     )
     if settings.cache_size is not None:
         slots = min(model.num_experts, max(MIN_SLOTS, round(settings.cache_size * model.num_moe_layers)))
-        return MemoryPlan(model, None, process_bytes, kv_bytes, scratch_bytes, slots, predictor_bytes)
+        return MemoryPlan(
+            model, None, process_bytes, kv_bytes, scratch_bytes, slots, predictor_bytes, on_accelerator
+        )
 
     budget = parse_bytes(settings.memory) if settings.memory is not None else free_bytes
-    empty = MemoryPlan(model, budget, process_bytes, kv_bytes, scratch_bytes, 0, predictor_bytes)
+    empty = MemoryPlan(
+        model, budget, process_bytes, kv_bytes, scratch_bytes, 0, predictor_bytes, on_accelerator
+    )
     slots = (budget - empty.fixed_bytes) // model.slot_bytes
     if slots < MIN_SLOTS:
         lines = [f"  {format_bytes(nbytes):>9}  {what}" for what, nbytes, _ in empty.rows()[:-1]]
-        named = f"memory={settings.memory}" if settings.memory is not None else "the free memory"
+        free = "the free memory of the device" if on_accelerator else "the free memory"
+        named = f"memory={settings.memory}" if settings.memory is not None else free
         raise ValueError(
             f"{named} ({format_bytes(budget)}) is too small: it leaves "
             f"{format_bytes(max(0, budget - empty.fixed_bytes))} for experts of {format_bytes(model.slot_bytes)} "
@@ -142,7 +154,7 @@ def plan_memory(
             f"(now {settings.context}) or --prefill-chunk (now {settings.prefill_chunk}) lowers it."
         )
     slots = min(slots, max(MIN_SLOTS, model.num_experts))
-    return MemoryPlan(model, budget, process_bytes, kv_bytes, scratch_bytes, slots, predictor_bytes)
+    return replace(empty, num_slots=slots)
 
 
 def process_bytes() -> int:
@@ -176,3 +188,13 @@ def _file_cache_bytes(memory_stat: Path) -> int:
     version_1 = "total_inactive_file" in rows
     names = ("total_inactive_file", "total_active_file") if version_1 else ("inactive_file", "active_file")
     return sum(int(rows.get(name, 0)) for name in names)
+
+
+def check_host_memory(nbytes: int, asked: str) -> None:
+    """ValueError when so much RAM for experts, pinned for an accelerator, is not free. asked: the setting."""
+    free = free_bytes() - process_bytes()
+    if nbytes > free:
+        raise ValueError(
+            f"{asked} takes {format_bytes(nbytes)} of RAM, and {format_bytes(max(0, free))} are free; use "
+            f"host_memory={max(1, free // 2**20)}MiB or less"
+        )

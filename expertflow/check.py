@@ -227,6 +227,7 @@ def check_model(
     """
     started = time.perf_counter()
     say = on_progress or (lambda step: None)
+    settings = settings.on_cpu("check")
     folder = resolve_model(folder)
     checkpoint = open_checkpoint(folder)
     inputs = _token_ids(folder, prompts, seed)

@@ -5,7 +5,7 @@ A value and its help text appear here once. Every setting has an effect somewher
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -48,6 +48,14 @@ class Settings:
         "read experts no faster than this, e.g. 2GB/s: to see how the model would run over such a link, a slower disk "
         "or bus; with --store ram nothing else is in the way; default: as fast as they come",
     )
+    device: str = setting(
+        "auto",
+        "where it computes, and whose memory --memory is: cpu, a torch device such as cuda:0, or auto: an accelerator "
+        "if torch sees one",
+    )
+    host_memory: str | int | None = setting(
+        None, "pinned RAM for experts between an accelerator and the disk, e.g. 16GiB; default: none"
+    )
     direct_io: bool | None = setting(
         None, "bypass the page cache when reading experts; default: yes where the file system can"
     )
@@ -67,6 +75,14 @@ class Settings:
             )
         if self.memory is not None:
             parse_bytes(self.memory)
+        if self.host_memory is not None:
+            parse_bytes(self.host_memory, "host_memory")
+            if self.store == "ram":
+                raise ValueError(
+                    f"host_memory={self.host_memory!r} holds some experts in RAM and store='ram' all of them; give "
+                    f"one of them"
+                )
+        object.__setattr__(self, "device", str(self.device))
         if self.cache_size is not None and not self.cache_size > 0:
             raise ValueError(f"cache_size={self.cache_size} must be above 0 experts per layer")
         for name in ("context", "batch", "prefill_chunk"):
@@ -102,6 +118,13 @@ class Settings:
     def unit(self) -> int:
         """Sequences of a unit: two batches, or what is held if that is less."""
         return min(self.held, 2 * self.batch)
+
+    def on_cpu(self, command: str) -> Settings:
+        """The same on the CPU, for a command that knows no other device; ValueError when another was asked for."""
+        if self.device not in ("auto", "cpu") or self.host_memory is not None:
+            asked = f"host_memory={self.host_memory!r}" if self.host_memory else f"device={self.device!r}"
+            raise ValueError(f"{asked}: `expertflow {command}` is about the CPU so far; leave it out")
+        return replace(self, device="cpu")
 
     @classmethod
     def names(cls) -> list[str]:
@@ -161,12 +184,12 @@ _UNITS = {
 }
 
 
-def parse_bytes(size: str | int) -> int:
+def parse_bytes(size: str | int, name: str = "memory") -> int:
     """Bytes in "6GiB" (2**30), "6GB" (10**9), "512 MiB", or an int of bytes.
 
-    A bare number in text is refused: "6" could be anything.
+    A bare number in text is refused: "6" could be anything. name: what the size is of, for errors.
     """
-    return _parse("memory", size, "'6GiB'", "'6GiB' or '6GB'", "bytes")
+    return _parse(name, size, "'6GiB'", "'6GiB' or '6GB'", "bytes")
 
 
 def parse_bandwidth(rate: str | int) -> int:

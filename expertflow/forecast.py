@@ -111,7 +111,7 @@ def plan_model(
     check_predictor(settings)
     config, checkpoint, commit, fetched_bytes = _find(source, revision, endpoint)
     skeleton = build_skeleton(config, checkpoint)
-    settings = honoured_prefill(skeleton.model, settings)
+    settings = honoured_prefill(skeleton.model, settings.on_cpu("plan"))
     memory, fits = _fit(skeleton, settings)
     downloaded = commit is None
     disk_folder = checkpoint.folder if downloaded else Path(constants.HF_HUB_CACHE)

@@ -102,6 +102,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 SETTINGS = {
     "memory": ("6GiB", "6GiB"),
+    "device": ("cpu", "cpu"),
+    "host_memory": ("16GiB", "16GiB"),
     "cache_size": ("2.5", 2.5),
     "context": ("77", 77),
     "batch": ("3", 3),

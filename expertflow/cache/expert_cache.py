@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from expertflow.cache.device import SlotDevice
 from expertflow.cache.loader import Loader, SlotMemory
 from expertflow.cache.plan import Action, CachePlan, Cancel, Load, Promote
 from expertflow.cache.policies import POLICIES, Forecast
@@ -41,7 +42,9 @@ class ExpertCache:
     num_slots: experts held at once, at least 2. dtype: what weights are multiplied in (None: as
     stored). overlap: hand out ready experts while others arrive; False loads everything a layer needs
     first (as published by Cache-MoE; the slow, obvious version). record_events: keep the inputs and
-    actions of the plan in `events`, for replay.
+    actions of the plan in `events`, for replay. device: where the slots are (None: host memory), this cache's alone.
+    On an accelerator experts are ready once their copies are queued, and the stream of the thread that opens a layer
+    waits for each as it is handed out: `stall_seconds` does not see that.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ExpertCache:
         dtype: torch.dtype | None = None,
         overlap: bool = True,
         record_events: bool = False,
+        device: SlotDevice | None = None,
     ):
         if policy not in POLICIES:
             raise ValueError(f"unknown cache policy {policy!r}; known: {', '.join(sorted(POLICIES))}")
@@ -63,7 +67,8 @@ class ExpertCache:
         self.overlap = overlap and not POLICIES[policy].blocking
         self.table = SlotTable(num_slots)
         self.plan = CachePlan(self.table, POLICIES[policy](shape, num_slots))
-        self.memory = SlotMemory(store, num_slots, dtype)
+        self.memory = SlotMemory(store, num_slots, dtype, device)
+        self._queues = self.memory.device.queues
         self._stats = CacheStats(shape, num_slots, self.memory.slot_bytes, store.io_mode)
         self._events: list[tuple] | None = [] if record_events else None
         self._lock = threading.RLock()
@@ -80,6 +85,7 @@ class ExpertCache:
         self._broken: BaseException | None = None
         self._closed = False
         self._timeline: Timeline | None = None
+        self._short_way = not self._queues  # its lines are for products that wait for nothing
         self._loader = Loader(self.memory, self._condition, self._load_finished)
 
     @property
@@ -164,12 +170,16 @@ class ExpertCache:
             started = time.perf_counter()
             with self._changing_books():
                 pending.update(dict.fromkeys(needed))
+                if self._queues:  # those whose copies are queued now come after those that are there
+                    pending = dict.fromkeys(sorted(pending, key=self.table.is_ready, reverse=True))
                 self._open(layer, needed)
                 all_ready = self.plan.content and all(map(self.table.is_ready, needed))
             if all_ready:
                 # Nothing to wait for and nobody waits for a slot: one step of the books for the whole layer
                 # (16 of them cost more than the arithmetic of a small layer). `_leave` releases the pins.
                 for expert in needed:
+                    if self._queues:
+                        self._hand_out(expert, needed)
                     yield expert.expert, self._weights[expert]
                 return
             while pending:
@@ -187,6 +197,8 @@ class ExpertCache:
                             self._timeline.add("stall", f"layer {layer}", stalled, going_on)
                     current = ready
                     del pending[ready]
+                    if self._queues:
+                        self._hand_out(ready, pending)
                 yield ready.expert, self._weights[ready]
         finally:
             with self._condition:
@@ -209,7 +221,13 @@ class ExpertCache:
         None: the layer is open, and the weights valid, until this thread calls `close_ready` or `open_layer`.
         """
         with self._lock:
-            if self._line or self._closed or self._broken or self._loader.died_of or not self.plan.quiet:
+            if (
+                self._line
+                or not self._short_way
+                or self._broken
+                or self._loader.died_of
+                or not self.plan.quiet
+            ):
                 return None
             weights = [self._weights.get((layer, expert)) for expert in experts]
             if not all(weights):
@@ -255,6 +273,7 @@ class ExpertCache:
         thread gets a RuntimeError. The weights must not be used afterwards."""
         with self._condition:
             self._closed = True
+            self._short_way = False
         self._loader.close()  # wakes every thread that waits
 
     @contextmanager
@@ -355,6 +374,14 @@ class ExpertCache:
                 some_missing = True
         # Without overlap nothing is computed until all that has a slot is there.
         return None if some_missing else first
+
+    def _hand_out(self, expert: ExpertId, others: Iterable[ExpertId]) -> None:
+        """Let this thread's stream read the expert, which is pinned; without overlap, once all others are there."""
+        for other in (expert,) if self.overlap else (expert, *others):
+            if self.table.is_ready(other):
+                slot = self.table.lookup(other)
+                assert slot is not None, f"{other} is ready in no slot"
+                self.memory.device.hand_out(slot)
 
     def _release(self, expert: ExpertId) -> None:
         self._record("release", expert)

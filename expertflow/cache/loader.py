@@ -2,7 +2,8 @@
 
 Loads are cut in chunks of a few MiB. Between two chunks the thread looks for a demand load, so a
 demand waits for at most one chunk of a prefetch, never for a whole expert. One thread is enough: it
-saturates the disks we measured and leaves the cores to arithmetic.
+saturates the disks we measured and leaves the cores to arithmetic. How bytes get to a slot is device.py's
+business; on an accelerator a load is finished when its copies are queued.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from expertflow.cache.device import HostDevice, SlotDevice
 from expertflow.core import ExpertId
 from expertflow.store.disk import Chunk
-from expertflow.store.layout import Placement, aligned_buffer, copy_parts, page_ceil, place_packed
+from expertflow.store.layout import Placement, copy_parts, page_ceil, place_packed
 from expertflow.store.protocol import ExpertStore
 from expertflow.timeline import Timeline
 
@@ -27,16 +29,24 @@ class SlotMemory:
     """The bytes of all slots, one page-aligned allocation, and the typed views of each resident.
 
     dtype: what the weights are multiplied in. Where it is the checkpoint's, an expert lies in its slot
-    exactly as a direct read leaves it. Where it differs, it is cast on its way in and slots are smaller.
+    exactly as a direct read leaves it. Where it differs, and on an accelerator, it is packed on its way in: cast,
+    each tensor at a round address, which matrix kernels there ask for, and without the rest of its pages.
     """
 
-    def __init__(self, store: ExpertStore, num_slots: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        store: ExpertStore,
+        num_slots: int,
+        dtype: torch.dtype | None = None,
+        device: SlotDevice | None = None,
+    ):
         self.store = store
         self.dtype = dtype
-        self.needs_cast = any(_needs_packing(parts, dtype) for parts in store.experts.values())
+        self.device: SlotDevice = HostDevice() if device is None else device
+        self.packs = is_packed(store, dtype, self.device.queues)
         self._packed: dict[ExpertId, Placement] = {}
-        self.slot_bytes = slot_bytes(store, dtype)
-        self._memory = aligned_buffer(num_slots * self.slot_bytes)
+        self.slot_bytes = slot_bytes(store, dtype, self.device.queues)
+        self._memory = self.device.allocate(num_slots * self.slot_bytes)
 
     def slot(self, index: int) -> Tensor:
         """uint8[slot_bytes] on a page boundary."""
@@ -45,11 +55,18 @@ class SlotMemory:
     def placement(self, expert: ExpertId) -> Placement:
         """How this expert lies in any slot. A function of the checkpoint and dtype alone, so that an
         expert has the same alignment, hence the same last bits in its products, wherever it lands."""
-        if not self.needs_cast:
+        if not self.packs:
             return self.store.placement(expert)
         if expert not in self._packed:
             self._packed[expert] = place_packed(self.store.experts[expert], self.dtype)
         return self._packed[expert]
+
+    def pack(self, expert: ExpertId, raw_bytes: Tensor, slot: int) -> None:
+        """Fill a slot from all chunks of the expert. raw_bytes: on the device, laid out as the store leaves it."""
+        raw, packed = self.store.placement(expert), self.placement(expert)
+        self.device.write_slot(
+            slot, lambda: copy_parts(raw_bytes, raw, self.slot(slot), packed, non_blocking=True)
+        )
 
 
 def _needs_packing(parts: tuple, dtype: torch.dtype | None) -> bool:
@@ -60,9 +77,14 @@ def _needs_packing(parts: tuple, dtype: torch.dtype | None) -> bool:
     )
 
 
-def slot_bytes(store: ExpertStore, dtype: torch.dtype | None) -> int:
+def is_packed(store: ExpertStore, dtype: torch.dtype | None, on_accelerator: bool) -> bool:
+    """Whether experts are rearranged on their way into a slot, rather than left as they are read."""
+    return on_accelerator or any(_needs_packing(parts, dtype) for parts in store.experts.values())
+
+
+def slot_bytes(store: ExpertStore, dtype: torch.dtype | None, on_accelerator: bool = False) -> int:
     """Bytes of one slot when weights are kept in `dtype` (None: as stored)."""
-    if not any(_needs_packing(parts, dtype) for parts in store.experts.values()):
+    if not is_packed(store, dtype, on_accelerator):
         return store.slot_bytes
     return page_ceil(max(place_packed(parts, dtype).nbytes for parts in store.experts.values()))
 
@@ -97,10 +119,10 @@ class Loader:
         self._closed = False
         self.timeline: Timeline | None = None
         self.died_of: BaseException | None = None  # set when a bug of ours ended the thread
-        # Casting needs the bytes as stored beside the slot. Two, since a demand may overtake a prefetch.
+        # Packing needs the bytes as stored beside the slot. Two, since a demand may overtake a prefetch.
         # No third load is ever begun: urgent ones are done one by one, and prefetches wait for all of them.
-        buffers = 2 if memory.needs_cast else 0
-        self._staging = [aligned_buffer(memory.store.slot_bytes) for _ in range(buffers)]
+        buffers = 2 if memory.packs else 0
+        self._staging = [memory.device.allocate(memory.store.slot_bytes) for _ in range(buffers)]
         self._thread = threading.Thread(target=self._run, name="expertflow-loader", daemon=True)
         self._thread.start()
 
@@ -116,6 +138,7 @@ class Loader:
         queue = self._urgent if urgent else self._prefetch
         chunks = self.memory.store.chunks(expert)
         assert chunks, f"{expert} has no bytes to load"
+        self.memory.device.give_away(slot)
         queue[expert] = _Job(expert, slot, chunks)
         self.condition.notify_all()
 
@@ -140,6 +163,7 @@ class Loader:
             self.condition.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join()
+        self.memory.device.close()
 
     def _run(self) -> None:
         try:
@@ -162,16 +186,15 @@ class Loader:
                 chunk = job.chunks[job.next_chunk]
                 # From here on cancel() refuses: the slot is being written.
                 job.next_chunk += 1
-                if self.memory.needs_cast and job.staging is None:
+                if self.memory.packs and job.staging is None:
                     job.staging = self._staging.pop()
             error: BaseException | None = None
             started = time.perf_counter()
             try:
                 target = self.memory.slot(job.slot) if job.staging is None else job.staging
-                job.nbytes += self.memory.store.read_chunk(chunk, target)
+                job.nbytes += self.memory.device.read_chunk(self.memory.store, chunk, target)
                 if job.staging is not None and job.next_chunk == len(job.chunks):
-                    raw, packed = self.memory.store.placement(job.expert), self.memory.placement(job.expert)
-                    copy_parts(job.staging, raw, self.memory.slot(job.slot), packed)
+                    self.memory.pack(job.expert, job.staging, job.slot)
             except BaseException as caught:  # whatever it is, the layer that waits must hear of it
                 error = caught
             ended = time.perf_counter()

@@ -30,15 +30,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from expertflow import budget
 from expertflow.budget import MemoryPlan
 from expertflow.cache.expert_cache import ExpertCache
-from expertflow.cache.loader import slot_bytes
+from expertflow.cache.host_cache import HostCache, host_slots
+from expertflow.cache.loader import is_packed, slot_bytes
 from expertflow.cache.policies import POLICIES
-from expertflow.config import Settings, parse_bandwidth
+from expertflow.config import Settings, parse_bandwidth, parse_bytes
 from expertflow.core import MoEShape
 from expertflow.models import deepseek_moe
 from expertflow.models.continuous import keep_pages_in_budget
 from expertflow.models.experts import Attachment, expertflow_experts
 from expertflow.models.footprint import honoured_prefill, measure_model
 from expertflow.models.lookahead import look_ahead_for
+from expertflow.models.placement import device_memory, slot_device, take_inputs_from_anywhere
 from expertflow.models.predicting import Predicting
 from expertflow.models.predictors import check_predictor, new_predicting, predictor_bytes
 from expertflow.models.products import speed_up_dense
@@ -103,9 +105,7 @@ class LoadedExperts:
     def close(self) -> None:
         """Stop the loader thread and close the checkpoint's files."""
         self.cache.close()
-        store = self.cache.store
-        if hasattr(store, "close"):
-            store.close()
+        self.cache.store.close()
 
 
 class ExpertFlowQuantizer(HfQuantizer):
@@ -118,11 +118,7 @@ class ExpertFlowQuantizer(HfQuantizer):
         self.settings = quantization_config.settings
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if not {str(place) for place in places} <= {"None", "cpu", "auto"}:
-            raise ValueError(
-                f"device_map={device_map!r}: expertflow computes on the CPU for now; leave device_map out"
-            )
+        self._device = slot_device(self.settings, device_map)
 
     def update_device_map(self, device_map: Any) -> None:
         return None
@@ -147,17 +143,23 @@ class ExpertFlowQuantizer(HfQuantizer):
         store = DiskStore(checkpoint, spans.parts, direct=self.settings.direct_io)
         dtype = next(param.dtype for param in moe_layers[0].module.parameters())
         take_out_experts(model, moe_layers, spans)
-        bytes_per_slot = slot_bytes(store, dtype)
-        staging = 0 if bytes_per_slot == store.slot_bytes else 2 * store.slot_bytes
-        held = budget.process_bytes()
-        if self.settings.store == "ram":
-            held += sum(part.nbytes for parts in spans.parts.values() for part in parts)
+        on_accelerator = self._device.queues
+        bytes_per_slot = slot_bytes(store, dtype, on_accelerator)
+        staging = 2 * store.slot_bytes if is_packed(store, dtype, on_accelerator) else 0
+        expert_bytes = sum(part.nbytes for parts in spans.parts.values() for part in parts)
+        if on_accelerator:
+            held, free = device_memory(self._device.torch_device)
+            _check_host_memory(self.settings, store, expert_bytes)
+        else:
+            held = budget.process_bytes() + (expert_bytes if self.settings.store == "ram" else 0)
+            free = budget.free_bytes()
         self._plan = budget.plan_memory(
             measure_model(model, moe_layers, bytes_per_slot, staging),
             self.settings,
             held,
-            budget.free_bytes(),
-            predictor_bytes(model, moe_layers, self.settings),
+            free,
+            0 if on_accelerator else predictor_bytes(model, moe_layers, self.settings),
+            on_accelerator,
         )
         self._checkpoint, self._store, self._moe_layers, self._dtype = checkpoint, store, moe_layers, dtype
         dense = [span for key, span in checkpoint.spans.items() if key not in spans.checkpoint_keys]
@@ -165,18 +167,17 @@ class ExpertFlowQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        copy_dense_weights(model, self._checkpoint)
+        copy_dense_weights(model, self._checkpoint, self._device.torch_device)
         speed_up_dense(model)
-        store: ExpertStore = RamStore(self._store) if self.settings.store == "ram" else self._store
-        if self.settings.link is not None:
-            store = ThrottledStore(store, parse_bandwidth(self.settings.link))
+        shape = MoEShape(tuple(layer.num_experts for layer in self._moe_layers))
         cache = ExpertCache(
-            store,
-            MoEShape(tuple(layer.num_experts for layer in self._moe_layers)),
+            self._slow_tier(shape),
+            shape,
             self._plan.num_slots,
             policy=self.settings.policy or "lru",
             dtype=self._dtype,
             overlap=self.settings.overlap,
+            device=self._device,
         )
         ahead = look_ahead_for(model, self._moe_layers)
         for layer in self._moe_layers:
@@ -191,12 +192,29 @@ class ExpertFlowQuantizer(HfQuantizer):
         keep_pages_in_budget(model, self.settings)
         guard = _ContextGuard(self.settings)
         model.register_forward_pre_hook(guard, with_kwargs=True)
+        if self._device.queues:
+            take_inputs_from_anywhere(model, self._device.torch_device)
         if model.config.is_encoder_decoder:  # generate() calls the encoder past the model's own forward
             model.get_encoder().register_forward_pre_hook(guard, with_kwargs=True)
         if model.generation_config is not None and self.settings.prefill_chunk < self.settings.context:
             model.generation_config.prefill_chunk_size = self.settings.prefill_chunk
             run_whole_without_cache(model, self.settings)
         return model
+
+    def _slow_tier(self, shape: MoEShape) -> ExpertStore:
+        store = self._unhindered_slow_tier(shape)
+        if self.settings.link is not None:
+            return ThrottledStore(store, parse_bandwidth(self.settings.link))
+        return store
+
+    def _unhindered_slow_tier(self, shape: MoEShape) -> ExpertStore:
+        pin = self._device.queues and torch.accelerator.is_available()
+        if self.settings.store == "ram":
+            return RamStore(self._store, pin=pin)
+        if self.settings.host_memory is not None:
+            nbytes = parse_bytes(self.settings.host_memory, "host_memory")
+            return HostCache(self._store, shape, nbytes, pin=pin)
+        return self._store
 
     def _predict(self, model: PreTrainedModel, loaded: LoadedExperts) -> None:
         try:
@@ -244,6 +262,16 @@ def _refuse_skipped_quantization(folder: Path) -> None:
         refuse_quantized(config, str(folder))
 
 
+def _check_host_memory(settings: Settings, store: DiskStore, expert_bytes: int) -> None:
+    """ValueError, before any weight is read, for RAM behind an accelerator that is not there or holds too little."""
+    if settings.store == "ram":
+        budget.check_host_memory(expert_bytes, "store='ram'")
+    elif settings.host_memory is not None:
+        nbytes = parse_bytes(settings.host_memory, "host_memory")
+        slots = host_slots(nbytes, store.slot_bytes, len(store.experts), torch.accelerator.is_available())
+        budget.check_host_memory(sum(slots) * store.slot_bytes, f"host_memory={settings.host_memory!r}")
+
+
 def take_out_experts(model: PreTrainedModel, moe_layers: Sequence[MoELayer], spans: ExpertSpans) -> None:
     """Delete the experts' (meta) parameters and route their modules to the expert cache."""
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
@@ -278,18 +306,22 @@ def read_ahead(spans: Sequence[TensorSpan]) -> None:
 
 
 @torch.no_grad()
-def copy_dense_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Bring dense weights into RAM once.
+def copy_dense_weights(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Bring dense weights into RAM, or to the device, once.
 
     The loader leaves them mapped to the file: the first steps would crawl, and under memory pressure
     the kernel would drop and re-read them for ever.
     """
-    copied: dict[int, torch.Tensor] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_meta or id(tensor) in copied:
-            continue
-        copied[id(tensor)] = tensor
-        tensor.data = tensor.data.clone()
+    if device.type == "cpu":
+        copied: dict[int, torch.Tensor] = {}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_meta or id(tensor) in copied:
+                continue
+            copied[id(tensor)] = tensor
+            tensor.data = tensor.data.clone()
+    else:
+        model.to(device)  # type: ignore[arg-type]
+        model.tie_weights()  # on some devices torch has to make new parameters, one for each name
     for path in checkpoint.files:
         # The mapped pages count against a memory cgroup until they are given back.
         with contextlib.suppress(OSError, AttributeError), open(path, "rb") as file:

@@ -134,17 +134,20 @@ def _run(
             token_of_row.append(position // top_k)
         if pad:
             token_of_row += [token_of_row[begin]] * (padded_rows(len(positions)) - len(positions))
+    # Before the products: on an accelerator an index made afterwards would wait for all of them.
+    row_of_position_S = _index(row_of_position, hidden_TD)
+    dropped_N = _index(dropped, hidden_TD) if dropped else None
     rows_RD = hidden_TD[_index(token_of_row, hidden_TD)]
     out_RD = hidden_TD.new_empty(rows_RD.shape)
     for expert, weights in _arriving(attachment, hidden_TD, list(positions_of)):
         begin = begin_of[expert]
         end = begin + (padded_rows(len(positions_of[expert])) if pad else len(positions_of[expert]))
         out_RD[begin:end] = multiply(rows_RD[begin:end], weights)
-    out_SD = out_RD[_index(row_of_position, hidden_TD)]
+    out_SD = out_RD[row_of_position_S]
     weighted_SD = out_SD * weight_TK.reshape(-1, 1)
-    if dropped:
+    if dropped_N is not None:
         # A dropped token's weight may be anything; zero times infinity would not be zero.
-        weighted_SD[dropped] = 0
+        weighted_SD[dropped_N] = 0
     return weighted_SD.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_TD.dtype)
 
 

@@ -148,7 +148,9 @@ class Predicting:
         with self._asking() as predictor:
             if predictor is not None:
                 asked_N = running.asked_N
-                p_E = predictor.ahead(number, hidden_TD.detach()[asked_N], running.routes_L[-1][asked_N])
+                p_E = predictor.ahead(
+                    number, hidden_TD.detach().cpu()[asked_N], running.routes_L[-1][asked_N]
+                )
                 if p_E is not None:
                     running.p_LE[number + 1, : len(p_E)] = p_E
                     refined_E = p_E[: self._experts_L[number + 1]].tolist()

@@ -103,7 +103,10 @@ def _routers(model: PreTrainedModel, layers: Sequence[MoELayer]) -> _Products | 
         return None
     if len({len(weight) for weight, _ in products}) > 1:
         return None  # the mixture has one width
-    return [weight for weight, _ in products], [bias for _, bias in products]
+    # Predictors compute on the CPU, whatever the model computes on.
+    return [weight.cpu() for weight, _ in products], [
+        None if bias is None else bias.cpu() for _, bias in products
+    ]
 
 
 def _maker(

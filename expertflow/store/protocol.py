@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,3 +45,23 @@ class ExpertStore(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """A chunk's bytes where they lie in host memory: to be read only, and not after `close`."""
+
+    bytes: Tensor
+    close: Callable[[], None]
+
+
+@runtime_checkable
+class LendingStore(Protocol):
+    """A store with bytes in host memory, from which a device may copy without a detour."""
+
+    def lend_chunk(self, chunk: Chunk) -> Loan | None:
+        """The bytes that read_chunk would copy, or None where they are not in memory: then read them.
+
+        Returns at once or after reading them into memory. Raises what read_chunk raises.
+        """
+        ...

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from expertflow.core import ExpertId
 from expertflow.store.disk import Chunk, DiskStore
-from expertflow.store.layout import PAGE, Part, Placement, aligned_buffer
+from expertflow.store.layout import Part, Placement, aligned_buffer
+from expertflow.store.pinned import pinned_block
+from expertflow.store.protocol import Loan
 
 # Pinned allocations are rounded up to a power of two, so one per expert would waste up to half.
 _PINNED_BLOCK_BYTES = 256 << 20
@@ -65,7 +67,7 @@ class RamStore:
         for expert in self.experts:
             nbytes = self._placements[expert].nbytes
             if used + nbytes > block.numel():
-                block, used = _pinned_block(max(nbytes, _PINNED_BLOCK_BYTES)), 0
+                block, used = pinned_block(max(nbytes, _PINNED_BLOCK_BYTES)), 0
             yield block[used : used + nbytes]
             used += nbytes
 
@@ -83,13 +85,19 @@ class RamStore:
         """The expert's bytes as `placement` describes them, not a copy: never write to it."""
         return self._resident[expert]
 
+    def lend_chunk(self, chunk: Chunk) -> Loan:
+        return Loan(self._bytes(chunk), _keep)
+
     def read_chunk(self, chunk: Chunk, buffer: Tensor) -> int:
-        if not self._resident:
-            raise ValueError(f"the store was closed; open the checkpoint again to read {chunk.path}")
-        source = self._bytes_of_chunk[chunk]
+        source = self._bytes(chunk)
         count = source.numel()
         buffer[chunk.slot_offset : chunk.slot_offset + count].copy_(source)
         return count
+
+    def _bytes(self, chunk: Chunk) -> Tensor:
+        if not self._resident:
+            raise ValueError(f"the store was closed; open the checkpoint again to read {chunk.path}")
+        return self._bytes_of_chunk[chunk]
 
     def close(self) -> None:
         self._resident.clear()
@@ -102,7 +110,5 @@ class RamStore:
         self.close()
 
 
-def _pinned_block(nbytes: int) -> Tensor:
-    block = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    assert block.data_ptr() % PAGE == 0, "pinned memory is not page-aligned"
-    return block
+def _keep() -> None:
+    """A loan of what stays anyway ends."""

@@ -623,13 +623,13 @@ def test_dtype_is_what_weights_are_handed_out_in(new_cache, dtype):
 
 def test_the_stored_dtype_is_not_cast(new_cache):
     cache = new_cache(3, dtype=torch.float32)
-    assert not cache.memory.needs_cast
+    assert not cache.memory.packs
     assert cache._loader.staging_bytes == 0
 
 
 def test_experts_at_odd_offsets_are_copied_to_where_they_can_be_read(new_cache):
     cache = new_cache(3, FakeStore(SHAPE, offset=13))
-    assert cache.memory.needs_cast
+    assert cache.memory.packs
     aligned = FakeStore(SHAPE)
     for expert, weights in cache.open_layer(0, range(6)):
         for role in ("up", "down"):

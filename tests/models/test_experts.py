@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
+from expertflow.models import experts
 from expertflow.models.experts import Attachment, Products, expertflow_experts, padded_rows, run_experts
 
 
@@ -62,6 +63,26 @@ def test_dropped_tokens_get_exactly_zero_even_with_a_useless_weight() -> None:
     assert out.tolist() == [[0, 0, 0], [3, 3, 3]]
     out = run_experts(attachment, torch.ones(2, 3), torch.full((2, 2), 7), weight, multiply)
     assert out.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_every_index_is_made_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator one that is made later waits until all products are done, and the host with it."""
+    happened: list[str] = []
+    index = experts._index
+
+    def made(rows: list[int], like: Tensor) -> Tensor:
+        happened.append("index")
+        return index(rows, like)
+
+    def multiplied(rows: Tensor, weights: dict) -> Tensor:
+        happened.append("product")
+        return multiply(rows, weights)
+
+    monkeypatch.setattr(experts, "_index", made)
+    attachment = Attachment(ScalingExperts(), 0, 3)  # type: ignore[arg-type]
+    index_TK = torch.tensor([[0, 1], [1, 3], [2, 0]])
+    run_experts(attachment, torch.ones(3, 4), index_TK, torch.ones(3, 2), multiplied)
+    assert happened == ["index"] * 3 + ["product"] * 3
 
 
 def test_row_counts_collapse_to_a_few_sizes() -> None:

@@ -231,7 +231,7 @@ def test_a_float32_checkpoint_is_cast_on_the_way_in(name, tmp_path):
         loaded(name, folder, torch.bfloat16, **ALL_SLOTS, store="ram") as every,
     ):
         memory = few.expertflow.cache.memory
-        assert memory.needs_cast
+        assert memory.packs
         assert memory.slot_bytes < memory.store.slot_bytes
         assert few.expertflow.plan.model.staging_bytes == 2 * memory.store.slot_bytes
         ours = three_passes(few, name)

@@ -114,7 +114,7 @@ def test_pinned_memory_comes_in_blocks(checkpoint, monkeypatch, block_bytes):
         blocks.append(nbytes)
         return aligned_buffer(nbytes)
 
-    monkeypatch.setattr("expertflow.store.ram._pinned_block", block)
+    monkeypatch.setattr("expertflow.store.ram.pinned_block", block)
     monkeypatch.setattr("expertflow.store.ram._PINNED_BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with disk(checkpoint) as source:
