@@ -38,8 +38,8 @@ class Paths:
         if not self.known:
             p_NF = torch.nn.functional.threshold(p_NF.to(torch.float32), _NEGLIGIBLE, 0.0)
         used_NF = p_NF.numpy()
-        used_F: np.ndarray = np.any(used_NF, axis=0)
-        if np.count_nonzero(used_F) < _WORTH_LEAVING_OUT * len(used_F):
+        used_F = used_NF.any(0)
+        if np.count_nonzero(used_F) < _WORTH_LEAVING_OUT * used_NF.shape[1]:
             used_NF = used_NF[:, used_F]
         self.p_FN = np.ascontiguousarray(used_NF.T).astype(np.float32, copy=False)
         if self.known:
