@@ -50,8 +50,8 @@ class Settings:
     )
     device: str = setting(
         "auto",
-        "where it computes, and whose memory --memory is: cpu, a torch device such as cuda:0, or auto: an accelerator "
-        "if torch sees one",
+        "where it computes, and whose memory --memory is: cpu, or a torch device such as cuda:0, which has not been "
+        "tried on hardware yet; auto: what device_map names, else cpu",
     )
     host_memory: str | int | None = setting(
         None, "pinned RAM for experts between an accelerator and the disk, e.g. 16GiB; default: none"

@@ -31,7 +31,8 @@ def choose_device(settings: Settings, device_map: Any = None) -> torch.device:
         raise ValueError(
             f"device_map={device_map!r} and device={settings.device!r} name two devices; give one of them"
         )
-    device = named or mapped or _accelerator() or torch.device("cpu")
+    # An accelerator only when it is named: nobody should be the first to run it on hardware without knowing.
+    device = named or mapped or torch.device("cpu")
     if device.type == "cpu" and settings.host_memory is not None:
         raise ValueError(
             f"host_memory={settings.host_memory!r} is RAM between an accelerator and the disk, and this model runs on "
