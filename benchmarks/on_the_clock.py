@@ -133,7 +133,7 @@ class _Listening:
     """The cache as a predictor sees it, noting what it is told."""
 
     def __init__(self, cache: Any):
-        self.cache, self.shape = cache, cache.shape
+        self.cache, self.shape, self.timeline = cache, cache.shape, None
         self.said: list[tuple[Forecast | None, list[Sequence[float] | None]]] = []
 
     def begin_pass(self, forecast: Forecast | None) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from fakes import serve
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -374,7 +374,32 @@ def test_no_more_than_two_loads_are_under_way_for_a_prefetch():
 def test_an_unlikely_expert_is_not_fetched_and_refining_brings_it():
     plan = new_plan(8, "plec")
     assert plan.begin_pass(Forecast([[0.1] * 4, [0.1] * 4, [0.1] * 4])) == []
-    assert loads(plan.refine(2, [0.1, 0.9, 0.1, 0.1])) == at(2, 1)
+    assert loads(plan.refine(1, [0.1, 0.9, 0.1, 0.1])) == at(1, 1)
+
+
+def test_prefetches_go_two_layers_ahead():
+    plan = new_plan(8, "plec")
+    (load,) = plan.begin_pass(Forecast([[0.1] * 4, [0.9, 0.1, 0.1, 0.1], [0.9, 0.1, 0.1, 0.1]]))
+    assert load.expert == ExpertId(1, 0)
+    assert plan.load_finished(load.expert) == []
+    assert loads(plan.open_layer(0, at(0, 0)).actions) == at(0, 0) + at(2, 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=12, max_size=12), st.integers(2, 11), st.data())
+def test_prefetches_do_not_push_each_other_out_for_ever(p, num_slots, data):
+    """Whom to evict goes by the expected use, what to fetch by layers: an expert of the next layer that is not so sure
+    was evicted for a sure one of the layer after, fetched again for somebody else, and so on while the link was idle."""
+    plan = new_plan(num_slots, "plec")
+    later = [[data.draw(st.floats(1, 20)) for _ in range(4)] for _ in range(3)]
+    todo = plan.begin_pass(Forecast([p[0:4], p[4:8], p[8:12]], later))
+    fetched: list[ExpertId] = []
+    while todo:
+        load = todo.pop(0)
+        fetched.append(load.expert)
+        assert len(fetched) <= 12, f"{fetched} went round in circles"
+        todo += plan.load_finished(load.expert)
+    assert len(set(fetched)) == len(fetched)
 
 
 def test_a_prefetch_stops_when_whoever_must_go_is_needed_sooner():

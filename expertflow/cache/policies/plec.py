@@ -87,7 +87,7 @@ class NextUse(Policy):
 
     When an expert is needed next is expected from the forecast of this pass and, beyond it, of later passes;
     without one, from how often it was used lately. Whoever is needed farthest goes. Prefetches come in order of
-    execution, then probability, as long as the expected use comes sooner than the victim's.
+    execution, then probability, two layers ahead, as long as the expected use comes sooner than the victim's.
 
     What is uncertain counts as the certain use that is worth as much, a use being worth `discount` of what it is
     worth one pass earlier.
@@ -98,6 +98,9 @@ class NextUse(Policy):
     keep_rate = 0.98  # by pass, of the running frequency of use
     least_likely = 0.5  # guesses below it cost bytes and gained no time (docs/log.md)
     discount = 0.7
+    # What lies ready for long takes the place of something that would have been used again; further ahead cost bytes
+    # and gained no time (docs/log.md).
+    layers_ahead = 2
 
     def __init__(self, shape: MoEShape, num_slots: int):
         super().__init__(shape, num_slots)
@@ -182,7 +185,8 @@ class NextUse(Policy):
         return victim
 
     def next_prefetch(self, residents: Collection[ExpertId]) -> ExpertId | None:
-        for layer in range(self._layer + 1, self.shape.num_layers):
+        end = min(self.shape.num_layers, self._layer + 1 + self.layers_ahead)
+        for layer in range(self._layer + 1, end):
             for expert in self._wishes_of(layer):
                 if expert not in residents:
                     return expert
@@ -202,10 +206,37 @@ class NextUse(Policy):
         return wishes
 
     def choose_prefetch_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
-        victim = self.choose_victim(offered, wanted)
+        victim = self.choose_victim(_NotFetchedBefore(self, offered, wanted), wanted)
         if (
             victim is None
             or self._when[victim.layer][victim.expert] <= self._when[wanted.layer][wanted.expert]
         ):
             return None
         return victim
+
+    def fetched_before(self, expert: ExpertId, wanted: ExpertId) -> bool:
+        """Whether `expert` would be fetched for this pass as well, and before `wanted`."""
+        if not self._layer < expert.layer <= wanted.layer:
+            return False
+        p_E = self._p[expert.layer]
+        p = p_E[expert.expert] if p_E else 0.0
+        if p < self.least_likely:
+            return False
+        return expert.layer < wanted.layer or (-p, expert) < (-p_E[wanted.expert], wanted)
+
+
+class _NotFetchedBefore(Container[ExpertId]):
+    """`offered` without those that would be fetched again before `wanted`: the two would push each other out for ever.
+
+    Whom to evict goes by the expected use, in which probability counts; what to fetch goes by layers first.
+    """
+
+    def __init__(self, policy: NextUse, offered: Container[ExpertId], wanted: ExpertId):
+        self.policy, self.offered, self.wanted = policy, offered, wanted
+
+    def __contains__(self, expert: object) -> bool:
+        return (
+            isinstance(expert, ExpertId)
+            and expert in self.offered
+            and not self.policy.fetched_before(expert, self.wanted)
+        )
