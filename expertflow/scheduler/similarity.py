@@ -38,7 +38,7 @@ class Paths:
         if not self.known:
             p_NF = torch.nn.functional.threshold(p_NF.to(torch.float32), _NEGLIGIBLE, 0.0)
         used_NF = p_NF.numpy()
-        used_F = used_NF.any(0)
+        used_F = np.atleast_1d(used_NF.any(0))
         if np.count_nonzero(used_F) < _WORTH_LEAVING_OUT * len(used_F):
             used_NF = used_NF[:, used_F]
         self.p_FN = np.ascontiguousarray(used_NF.T).astype(np.float32, copy=False)
