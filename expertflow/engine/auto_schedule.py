@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -107,9 +107,11 @@ class AutoSchedule:
         batches = [batch for batch in seated if batch]
         return arrival_order(replace(seating, batches=batches, joining=others + seating.joining))
 
-    def begins(self) -> None:
-        """A step begins: what follows is counted for it."""
+    def begins(self, *, alone: bool) -> None:
+        """A step begins: what follows is counted for it. alone: no other unit computes after it."""
         self._before = self._counters()
+        # Alone, the next step would find the thread at it, and wait or go on without a prediction.
+        self._predicting.learn_later = None if alone else self._learn_later
 
     def stepped(self, number: int, unit: Unit, *, alone: bool) -> None:
         """Have the next step of a unit prepared. alone: no other unit computes before it."""
@@ -133,7 +135,16 @@ class AutoSchedule:
         self.pipeline.submit(number, lambda: self._prepare(question, seats, cost_N, alone), alone=alone)
 
     def close(self) -> None:
+        self._predicting.learn_later = None
         self.pipeline.close()
+
+    def _learn_later(self, learn: Callable[[], None]) -> None:
+        def timed() -> None:
+            began = time.perf_counter()
+            learn()
+            self.hidden_predict_seconds += time.perf_counter() - began
+
+        self.pipeline.later(timed)
 
     def _prepare(self, question: Question, seats: Seats, cost_N: Tensor | None, alone: bool) -> Prepared:
         """The job of the pipeline. alone: in the thread of the steps, which wait for it."""

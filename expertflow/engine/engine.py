@@ -49,7 +49,7 @@ class EngineStats:
     failed: int = 0
     regroupings: int = 0  # between steps, in which a scheduler moved a sequence that had a place
     step_seconds: float = 0.0
-    # Of step_seconds: prediction (with look-ahead and learning), grouping, waiting for what is not there yet.
+    # Of step_seconds: prediction (with look-ahead, and learning when alone), grouping, waiting for what is late.
     predict_seconds: float = 0.0
     group_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -271,15 +271,14 @@ class Engine:
         decoding = 0
         with self._failing(unit):
             if self._auto is not None:
-                self._auto.begins()
+                self._auto.begins(alone=self._alone(unit))
             # Since the unit's last step its scheduler may have found out more about the newest tokens.
             unit.settle()
             decoding = sum(len(batch.members) for batch in unit.batches)
             self._take(unit.step(self._execution))
             unit.settle()
             if self._auto is not None:
-                alone = not any(other.members for other in self._units if other is not unit)
-                self._auto.stepped(self._units.index(unit), unit, alone=alone)
+                self._auto.stepped(self._units.index(unit), unit, alone=self._alone(unit))
             self._stats.steps += 1
             self._stats.decode_rows += decoding
         ended = time.perf_counter()
@@ -288,6 +287,10 @@ class Engine:
         if (timeline := self._llm.timeline) is not None:
             timeline.add("compute", f"unit {self._units.index(unit)}", started, ended, decoding=decoding)
         return True
+
+    def _alone(self, unit: Unit) -> bool:
+        """Whether no other unit computes between two steps of this one."""
+        return not any(other.members for other in self._units if other is not unit)
 
     def _predict_seconds(self) -> float:
         """Of the thread that steps, so far."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from expertflow.models.foresight import Foresight, Question, Upcoming
 from expertflow.models.meeting import END, meet
 from expertflow.models.rows import MAX_ROWS, Followed, Rows, Sources, joined
 from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.combine import Later, at_once
 from expertflow.predictor.serving import Expected, PassPredictor
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class PredictionStats:
     passes: int = 0  # that had a forecast
     foreseen: int = 0  # passes among them whose rows had been asked about before
     predict_seconds: float = 0.0  # asking, looking ahead and learning, while no pass could run
-    hidden_seconds: float = 0.0  # asking in a thread of its own
+    hidden_seconds: float = 0.0  # asking and learning in a thread of its own
     needed: int = 0
     predicted: int = 0  # by what was known when the layer began
     right: int = 0  # predicted and needed
@@ -121,6 +123,7 @@ class Predicting:
         self._rows = Rows()
         self._sources = Sources()
         self._foresight = Foresight()
+        self.learn_later: Later | None = None  # who learns while the next pass runs; None: it waits
         self._pass: _Pass | None = None
         self._stats = PredictionStats(name)
 
@@ -272,10 +275,11 @@ class Predicting:
         if predictor is None:
             predictor = self._predictor = self._make(routes_NLK.shape[-1])
             predictor.begin(context, running.whole.origin_B)
-        predictor.end(context, asked_BSLK)
+        later = at_once if self.learn_later is None else partial(self._hand_over, self.learn_later)
+        predictor.end(context, asked_BSLK, later)
         for one, part, asked in zip(running.followed, routes, running.asked, strict=True):
             if not asked:
-                predictor.learn(one.context, part)
+                predictor.learn(one.context, part, later)
         after = [
             cache if cache is not None else call.kwargs.get("past_key_values")
             for cache, call in zip(caches, running.calls, strict=True)
@@ -290,6 +294,14 @@ class Predicting:
             stats.needed += int(used_LE.sum())
             stats.predicted += int(guess_LE.sum())
             stats.right += int((guess_LE & used_LE).sum())
+
+    def _hand_over(self, later: Later, learn: Callable[[], None]) -> None:
+        def hidden() -> None:
+            with self._asking(hidden=True) as predictor:
+                if predictor is not None:
+                    learn()
+
+        later(hidden)
 
     def _follow(self, calls: list[_Call], started: float) -> _Pass | None:
         """What is known of the sequences of these calls. None where one of them is not to be followed: embeddings in

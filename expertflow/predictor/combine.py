@@ -11,7 +11,8 @@ where a part has lately been better than the mixture, that part speaks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,16 @@ _START_TOKENS = 4.0  # the start counts as this many
 _JUDGE = 0.995  # by token, of the running losses
 # Learning needs no more rows of one pass than this: a prefill of a thousand tokens would cost milliseconds.
 MAX_ROWS = 32
+
+
+Later = Callable[
+    [Callable[[], None]], None
+]  # runs what it is given: in order, now or soon, in whatever thread
+
+
+def at_once(job: Callable[[], None]) -> None:
+    """The Later of those who have no other thread."""
+    job()
 
 
 class Mixture:
@@ -92,13 +103,15 @@ class Mixture:
         gradient_NLM = (x_LNME @ error_NLE.permute(1, 0, 2)[..., None])[..., 0].transpose(0, 1)
         spread_LN1E = (p_NLE * (1 - p_NLE)).permute(1, 0, 2)[:, :, None]
         curvature_NLMM = ((x_LNME * spread_LN1E) @ x_LNME.transpose(2, 3)).transpose(0, 1)
+        weight_LCM = self.weight_LCM.clone()  # another thread may be mixing: it sees the old ones or the new
         for kind in kind_N.unique().tolist():
             own = kind_N == kind
             forget = _FORGET ** int(own.sum())
             curvature = self._curvature_LCMM[:, kind]
             curvature.sub_(self._prior).mul_(forget).add_(self._prior).add_(curvature_NLMM[own].sum(0))
             step_LM = torch.linalg.solve(curvature, gradient_NLM[own].sum(0))
-            self.weight_LCM[:, kind] -= step_LM.clamp(-0.5, 0.5)
+            weight_LCM[:, kind] -= step_LM.clamp(-0.5, 0.5)
+        self.weight_LCM = weight_LCM
 
     def _judge(self, z_NLE: Tensor, x_NMLE: Tensor, truth_NLE: Tensor) -> None:
         all_NMLE = torch.cat([z_NLE[:, None], x_NMLE[:, :-1]], dim=1)
@@ -214,16 +227,28 @@ class Combination:
         """The pass that was predicted last will not be observed."""
         self._p_NMLE = self._ahead_NLE = None
 
-    def observe_pass(self, context: PathContext, routes_BSLK: Tensor) -> None:
+    def observe_pass(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
+        """later: who does the learning, which may be under way while the next pass runs."""
+        said = (self._p_NMLE, self._ahead_NLE, self._kind_N)
+        self._p_NMLE = self._ahead_NLE = None
+        later(partial(self._learn, context, routes_BSLK, *said))
+
+    def _learn(
+        self,
+        context: PathContext,
+        routes_BSLK: Tensor,
+        p_NMLE: Tensor | None,
+        ahead_NLE: Tensor | None,
+        kind_N: Tensor,
+    ) -> None:
         real_N = _real(context)
         truth_NLE = multi_hot(routes_BSLK.flatten(0, 1)[real_N], self.num_experts)
-        if self._p_NMLE is not None and len(truth_NLE) == len(self._p_NMLE) > 0:
+        if p_NMLE is not None and len(truth_NLE) == len(p_NMLE) > 0:
             with self._learning:
-                self.before.learn(self._p_NMLE, truth_NLE, self._kind_N)
-            if self._ahead_NLE is not None:
-                with_ahead = torch.cat([self._p_NMLE, self._ahead_NLE[:, None]], dim=1)
-                self.during.learn(with_ahead, truth_NLE, self._kind_N)
-        self._p_NMLE = self._ahead_NLE = None
+                self.before.learn(p_NMLE, truth_NLE, kind_N)
+            if ahead_NLE is not None:
+                with_ahead = torch.cat([p_NMLE, ahead_NLE[:, None]], dim=1)
+                self.during.learn(with_ahead, truth_NLE, kind_N)
         for source in self.sources:
             if isinstance(source, OnlinePredictor):
                 with self._learning:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expertflow.predictor.baselines import multi_hot
-from expertflow.predictor.combine import Combination, Opinions
+from expertflow.predictor.combine import Combination, Later, Opinions, at_once
 from expertflow.predictor.decoder import PathState
 from expertflow.predictor.model import RoutingPathPredictor, prompts_of
 from expertflow.predictor.next_use import HORIZONS
@@ -83,11 +83,14 @@ class PassPredictor(Protocol):
         needs the experts of the next layer. None where nothing is said."""
         ...
 
-    def end(self, context: PathContext, routes_BSLK: Tensor) -> None:
-        """The pass is over: learn from what the routers chose at the new positions."""
+    def end(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
+        """The pass is over: learn from what the routers chose at the new positions.
+
+        later: who does what the next pass need not wait for.
+        """
         ...
 
-    def learn(self, context: PathContext, routes_BSLK: Tensor) -> None:
+    def learn(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
         """A pass over other sequences ran beside the one that has ended (a prompt): learn from it too."""
         ...
 
@@ -164,15 +167,15 @@ class ServingPredictor:
         p_NE = self.combination.observe(layer, hidden_ND, routes_NK)
         return None if p_NE is None else _any_row(p_NE)
 
-    def end(self, context: PathContext, routes_BSLK: Tensor) -> None:
-        self.combination.observe_pass(context, routes_BSLK)
+    def end(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
+        self.combination.observe_pass(context, routes_BSLK, later)
         if self._forecast_made:
             routes_RLK = routes_BSLK[_real_rows(context), 0]
             self.expected.observe(multi_hot(routes_RLK, self.num_experts).any(0))
             self._forecast_made = False
 
-    def learn(self, context: PathContext, routes_BSLK: Tensor) -> None:
-        self.combination.observe_pass(context, routes_BSLK)
+    def learn(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
+        self.combination.observe_pass(context, routes_BSLK, later)
 
     def forget(self) -> None:
         self.combination.forget()

@@ -13,9 +13,11 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
+
+_MOST_WAITING = 16  # a thread that cannot keep up must not hoard what it has to do
 
 
 @dataclass(eq=False)
@@ -35,9 +37,10 @@ class PipelineStats:
     on_time: int = 0  # results that were there when they were wanted, or soon enough
     late: int = 0  # results that nobody waited for any longer
     wait_seconds: float = 0.0  # for results
+    left_out: int = 0  # jobs of `later`, since too many were waiting
 
     def reset(self) -> None:
-        self.on_time = self.late = 0
+        self.on_time = self.late = self.left_out = 0
         self.wait_seconds = 0.0
 
 
@@ -84,11 +87,18 @@ class Pipeline(Generic[Result]):
                 return
             queue.waiting.append(ticket)
             queue.changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=_work, args=(queue, self._working), name="pipeline", daemon=True
-            )
-            self._thread.start()
+        self._start()
+
+    def later(self, job: Callable[[], Any]) -> None:
+        """Run a job of no lane, behind those that are waiting. Left out when too many are; its error is told late."""
+        queue = self._queue
+        with queue.changed:
+            if queue.closed or len(queue.waiting) >= _MOST_WAITING:
+                self.stats.left_out += 1
+                return
+            queue.waiting.append(_Ticket(job, alone=False, abandoned=True))
+            queue.changed.notify_all()
+        self._start()
 
     def take(self, lane: int, worth_seconds: float) -> Result | None:
         """The result of this lane's job; None without one, and when it would take longer than `worth_seconds`.
@@ -136,6 +146,13 @@ class Pipeline(Generic[Result]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_work, args=(self._queue, self._working), name="pipeline", daemon=True
+            )
+            self._thread.start()
 
     def _abandon(self, ticket: _Ticket[Result] | None) -> None:
         """Not to be begun any more. One that has been begun is let run to its end, and its failure is told later."""

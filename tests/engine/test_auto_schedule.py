@@ -239,6 +239,35 @@ def test_one_unit_alone_predicts_on_the_critical_path(
         assert engine.stats.group_seconds == engine.stats.groupings == 0
 
 
+def test_learning_is_done_while_the_next_unit_computes(folders: Callable[[str], Path]) -> None:
+    """In the thread, from every pass that other units follow; alone, before the next step."""
+    threads: dict[bool, set[str]] = {}
+    for units in (1, 2):
+        with load(folders("qwen2_moe"), sequences=4 * units) as llm, auto(llm) as (engine, schedule):
+            schedule.payoff = Patient()
+            engine.generate(PROMPTS[:2], PARAMS[0])
+            predictor: Any = llm.experts.predicting._predictor  # type: ignore[union-attr]
+            heard: list[str] = []
+            learn = predictor.combination.before.learn
+
+            def listening(*args: Any, heard: list[str] = heard, learn: Any = learn) -> None:
+                heard.append(threading.current_thread().name)
+                learn(*args)
+
+            predictor.combination.before.learn = listening
+            requests = [engine.submit(prompt, PARAMS[5]) for prompt in PROMPTS]
+            while all(unit.members for unit in engine.units) or engine.stats.steps < 10:
+                engine.step()
+            in_time = list(heard)
+            for request in requests:
+                request.cancel()
+            engine.step()
+            assert len(in_time) > 10
+            assert schedule.pipeline.stats.left_out == 0
+            threads[units == 2] = set(in_time[-10:])
+    assert threads == {False: {threading.current_thread().name}, True: {"pipeline"}}
+
+
 def test_a_predictor_that_fails_in_the_thread_is_not_asked_again(
     folders: Callable[[str], Path],
     alone: Callable[[str], list[list[int]]],
@@ -382,13 +411,15 @@ class _Sitting(NamedTuple):
 
 @st.composite
 def sittings(draw: st.DrawFn) -> _Sitting:
-    """Some of those who were prepared have left, others have come, in a unit of two batches of four."""
+    """Some of those who were prepared have left, others sit there or join, in a unit of two batches of four."""
     prepared = draw(st.permutations(range(draw(st.integers(1, 8)))))
     batches = [list(prepared[:4]), list(prepared[4:])]
     left = draw(st.sets(st.sampled_from(prepared)))
     now = [sorted(set(batch) - left) for batch in draw(st.sampled_from([batches, batches[::-1]]))]
     room = 8 - sum(map(len, now))
     joining = list(range(100, 100 + draw(st.integers(0, room))))
+    new = draw(st.sets(st.sampled_from(prepared)))
+    batches = [[member for member in batch if member not in new] for batch in batches]
     return _Sitting([batch for batch in batches if batch], [batch for batch in now if batch], joining)
 
 

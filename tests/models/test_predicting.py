@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from expertflow.models.attach import ExpertFlowConfig
 from expertflow.models.capture import count_source_layers
 from expertflow.models.fingerprint import fingerprint
-from expertflow.predictor.combine import Opinions
+from expertflow.predictor.combine import Later, Opinions, at_once
 from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
 from expertflow.predictor.serving import Expected, Foreseen
 from expertflow.predictor.sizes import PredictorSizes
@@ -108,10 +108,10 @@ class Noise:
             return None
         return torch.rand(self.experts, generator=self.draw)
 
-    def end(self, context: Any, routes_BSLK: Tensor) -> None:
+    def end(self, context: Any, routes_BSLK: Tensor, later: Later = at_once) -> None:
         self.ended.append(routes_BSLK)
 
-    def learn(self, context: Any, routes_BSLK: Tensor) -> None:
+    def learn(self, context: Any, routes_BSLK: Tensor, later: Later = at_once) -> None:
         self.learnt.append((context, routes_BSLK))
 
     def forget(self) -> None:
@@ -138,7 +138,7 @@ def test_no_predictor_changes_a_bit(folders: dict[str, Path], name: str, kind: s
         listen_to(model, Noise(model))
     if kind == "failing":
         failing: Any = Noise(model)
-        failing.end = lambda context, routes: 1 / 0
+        failing.end = lambda context, routes, later: 1 / 0
         listen_to(model, failing)
     for _ in range(2):
         for each, expected in zip(answers(model, name), (tokens, logits), strict=True):

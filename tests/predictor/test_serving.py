@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,3 +101,28 @@ def test_a_pass_that_was_foreseen_leaves_no_state_behind_that_missed_it() -> Non
         torch.testing.assert_close(got.p_LE, expected.p_LE)
         for one in (asked, mixed):
             one.end(context, routes_BTLK[:, step : step + 1])
+
+
+@pytest.mark.parametrize("kind", ["online", "trained"])
+def test_learning_later_is_learning_the_same(kind: str) -> None:
+    """What one pass leaves to be learnt is done after the next has begun to be asked at its layers."""
+    draw = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(0, VOCAB, (2, PASSES + 1), generator=draw)
+    routes_BTLK = torch.rand(2, PASSES + 1, LAYERS, EXPERTS, generator=draw).topk(TOP_K, dim=-1).indices
+    now, later = new_predictor(kind), new_predictor(kind)
+    jobs: list[Callable[[], None]] = []
+    for step in range(1, PASSES):
+        context = context_of(ids_BT, routes_BTLK, step)
+        origin_B = None if step == 1 else torch.arange(2)
+        foreseen = later.foresee(context, origin_B, "lane")
+        expected, got = now.begin(context, origin_B), later.begin(context, origin_B, foreseen)
+        assert expected is not None
+        assert got is not None
+        torch.testing.assert_close(got.p_LE, expected.p_LE)
+        now.end(context, routes_BTLK[:, step : step + 1])
+        later.end(context, routes_BTLK[:, step : step + 1], jobs.append)
+        assert len(jobs) == 1
+        # The next pass may have begun: what it was told must not be mixed up with what is learnt.
+        later.combination.adopt(later.combination.consult(context))
+        jobs.pop()()
+    assert torch.equal(now.combination.before.weight_LCM, later.combination.before.weight_LCM)

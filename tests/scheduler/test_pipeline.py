@@ -129,6 +129,20 @@ def test_an_error_of_a_late_job_surfaces_too(pipeline: Pipeline[str]) -> None:
     pipeline.submit(0, other)
 
 
+def test_what_is_for_later_runs_in_order_and_never_piles_up(pipeline: Pipeline[str]) -> None:
+    slow, result, ran = Held(), Held(), []
+    pipeline.later(slow)
+    assert slow.begun.wait(LONG)
+    for number in range(40):
+        pipeline.later(lambda number=number: ran.append(number))  # type: ignore[misc]
+    result.released.set()
+    pipeline.submit(0, result)
+    slow.released.set()
+    assert pipeline.take(0, LONG) == "result"
+    assert ran == list(range(16))
+    assert pipeline.stats.left_out == 24
+
+
 def test_closing_ends_the_thread_and_begins_nothing(pipeline: Pipeline[str]) -> None:
     running, queued = Held(), Held()
     pipeline.submit(0, running)
