@@ -1,8 +1,8 @@
 """schedule=auto: sequences whose predicted paths are alike share a batch; predicted and grouped while others compute.
 
 After a step of a unit its newest tokens are handed to the pipeline: predict their paths, group them. Before its next
-step the unit takes what has been found, or stays in order of arrival when that is not there in time. Decides who sits
-where and no token: texts are the same, their last bits are not, since a batch's shape is in them.
+step the unit takes what has been found, or stays as it sits when that is not there in time. Decides who sits where,
+and no token; but a batch's shape is in the last bits of its logits, so only schedule=fixed repeats them.
 """
 
 from __future__ import annotations

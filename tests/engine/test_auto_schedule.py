@@ -278,18 +278,32 @@ def test_a_predictor_that_fails_in_the_thread_is_not_asked_again(
         heard: Any = Noise(llm.model)
         predicting = listen_to(llm.model, heard)
         foresee, threads = heard.foresee, []
+        about_to_fail, in_pass = threading.Event(), threading.Event()
 
         def failing(*args: Any) -> Any:
             threads.append(threading.current_thread().name)
             if len(threads) == 5:
+                about_to_fail.set()
+                assert in_pass.wait(LONG)
                 raise ArithmeticError("no number")
             return foresee(*args)
 
+        def during_a_pass(*args: Any) -> None:
+            """It fails in the middle of one, which has begun with a predictor and ends without."""
+            if about_to_fail.is_set() and not in_pass.is_set():
+                begun.append(len(heard.begun))
+                in_pass.set()
+                while predicting.stats.failed is None:
+                    threading.Event().wait(0.001)
+
+        begun: list[int] = []
         heard.foresee = failing
+        llm.model.get_submodule(llm.experts.moe_layers[0].name).register_forward_pre_hook(during_a_pass)
         with caplog.at_level(logging.WARNING):
             assert tokens(engine.generate(ALL_PROMPTS, ALL_PARAMS)) == alone("qwen2_moe")
         assert len(threads) == 5
         assert threads[-1] == "pipeline"
+        assert begun == [len(heard.begun)], "it is not asked about the passes after, nor made anew"
         assert predicting.stats.failed == "ArithmeticError: no number"
         assert len([record for record in caplog.records if "no number" in record.message]) == 1
         assert engine.stats.failed == 0
