@@ -689,6 +689,14 @@ def batch(
             help="the batches of a unit side by side, sharing experts, or one after the other",
         ),
     ] = "joint",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            metavar="fixed|auto",
+            help="seat sequences in order of arrival, or those together whose predicted experts are alike (with "
+            "--execution split and a --predictor)",
+        ),
+    ] = "fixed",
     revision: RevisionOption = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="print statistics and the memory plan at the end")
@@ -715,12 +723,19 @@ def batch(
     SamplingParams(**sampling)
     if requests.absolute() == results.absolute():
         raise ValueError(f"{results} is the file of requests; give another name to the results")
+    from expertflow.engine.auto_schedule import SCHEDULES
     from expertflow.engine.batch_results import BatchResults
     from expertflow.engine.batch_run import BatchRun, sha256_of
     from expertflow.engine.unit import EXECUTIONS
 
     if execution not in EXECUTIONS:
         raise ValueError(f"--execution {execution}: use {' or '.join(EXECUTIONS)}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"--schedule {schedule}: use {' or '.join(SCHEDULES)}")
+    if schedule == "auto" and checked.predictor == "none":
+        raise ValueError(
+            "--schedule auto groups by predicted experts; add --predictor online, or a trained one"
+        )
     given = {"input_sha256": sha256_of(requests), "model": model, "revision": revision, "sampling": sampling}
     settings = {**settings, "batch": checked.batch, "sequences": checked.sequences}
     with (
@@ -731,7 +746,7 @@ def batch(
         from expertflow.engine.engine import Engine
 
         default_tokens = None if "max_tokens" in sampling else DEFAULT_MAX_TOKENS
-        with Engine(llm, execution=execution) as engine, _batch_progress() as progress:
+        with Engine(llm, execution=execution, schedule=schedule) as engine, _batch_progress() as progress:
             run = BatchRun(llm, engine, requests, kept, _sampling_params(llm, sampling), default_tokens)
             try:
                 run.run(progress)

@@ -129,6 +129,10 @@ def speed_table(report: dict[str, Any]) -> Table:
         table.add_row("steps", f"{engine['steps']} of {together}")
         if engine["regroupings"]:
             table.add_row("regroupings", str(engine["regroupings"]))
+        if engine.get("schedule") == "auto":
+            hidden = engine["hidden_predict_seconds"] + engine["hidden_group_seconds"]
+            share = f"{engine['scheduling_share']:.1%} of steps, {hidden:.2f} s hidden"
+            table.add_row("predicting and grouping", f"{share}, late {engine['late']} times")
     else:
         table.add_row("time to first token", f"{timing['first_token_seconds']:.2f} s")
         table.add_row("prompt", f"{timing['prompt_tokens']} tokens in {timing['prefill_seconds']:.2f} s")

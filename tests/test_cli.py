@@ -349,6 +349,24 @@ def test_batch_answers_a_file(folder: Path, greedy: str, tmp_path: Path) -> None
     assert {"compute", "link"} <= names
 
 
+def test_batch_groups_by_predicted_experts(folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "stats.json"
+    result = batch(
+        folder,
+        [{"prompt": letter * 3, "ignore_eos": True} for letter in "abcdefgh"],
+        tmp_path,
+        *("--schedule", "auto", "--execution", "split", "--predictor", "online", "--stats-json", saved),
+        *("--batch-size", 2, "--sequences", 8, "--cache-size", 2),
+    )
+    assert result.exit_code == 0, result.output
+    engine = json.loads(saved.read_text())["engine"]
+    assert engine["schedule"] == "auto"
+    assert engine["groupings"] + engine["late"] > 5
+    shown = invoke("stats", saved).output
+    assert "predicting and grouping" in shown
+    assert "hidden, late" in shown
+
+
 def test_batch_settings_reach_the_model(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
@@ -369,6 +387,8 @@ def test_batch_settings_reach_the_model(
     ("arguments", "message"),
     [
         (["--execution", "sideways"], "--execution sideways: use joint or split"),
+        (["--schedule", "best"], "--schedule best: use fixed or auto"),
+        (["--schedule", "auto"], "groups by predicted experts; add --predictor online"),
         (["--sequences", "2"], "sequences=2 must be a whole number of at least batch=8"),
         (["--temperature", "-1"], "temperature=-1.0 must be a number at least 0"),
         (["--timeline", "no/such/folder/x.json"], "does not exist, so x.json cannot be written"),

@@ -69,11 +69,14 @@ class Batch:
         self.members = list(members)
         self.state = state
 
+    @property
+    def newest_B1(self) -> Tensor:
+        return torch.tensor([[member.row.token_ids[-1]] for member in self.members])
+
     def decode(self) -> Tensor:
         """Run the newest token of every sequence: float32 logits_BV for the next."""
-        newest_B1 = torch.tensor([[member.row.token_ids[-1]] for member in self.members])
         kwargs = model_kwargs_of(self.state)
-        outputs = _forward(self._model, newest_B1, kwargs, first=False)
+        outputs = _forward(self._model, self.newest_B1, kwargs, first=False)
         mask_BT = self.state.mask_BT
         self.state = replace(
             self.state,

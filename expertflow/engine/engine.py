@@ -7,24 +7,31 @@ The arithmetic is batch.py's and unit.py's. Which token is taken belongs to (req
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expertflow.engine.auto_schedule import SCHEDULES, AutoSchedule, Schedule
 from expertflow.engine.batch import check_sequences_can_move
 from expertflow.engine.request import RequestOutput, Row
 from expertflow.engine.sampling import SamplingParams
 from expertflow.engine.submitted import OnText, Submitted
 from expertflow.engine.unit import EXECUTIONS, Execution, Outcome, Scheduler, Unit, arrival_order
+from expertflow.scheduler.batch_state import positions_follow_cache
 
 if TYPE_CHECKING:
     from expertflow.engine.llm import LLM, Prompt
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +39,7 @@ class EngineStats:
     """Since the start or the last reset."""
 
     execution: Execution
+    schedule: Schedule = "fixed"
     steps: int = 0
     decode_rows: int = 0  # sequences that got a token in a decode step, over all steps
     prompt_tokens: int = 0  # of prompts that were read to their end
@@ -41,6 +49,15 @@ class EngineStats:
     failed: int = 0
     regroupings: int = 0  # between steps, in which a scheduler moved a sequence that had a place
     step_seconds: float = 0.0
+    # Of step_seconds: prediction (with look-ahead, and learning when alone), grouping, waiting for what is late.
+    predict_seconds: float = 0.0
+    group_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    # While another unit computed.
+    hidden_predict_seconds: float = 0.0
+    hidden_group_seconds: float = 0.0
+    groupings: int = 0  # made; `regroupings` were followed
+    late: int = 0  # steps in order of arrival, since nothing was prepared in time
     waiting: int = 0  # answers in the queue now
     running: int = 0  # answers that hold KV cache now
 
@@ -53,17 +70,25 @@ class EngineStats:
         """Of answers, with the time for prompts included."""
         return self.generated_tokens / self.step_seconds if self.step_seconds else 0.0
 
+    @property
+    def scheduling_share(self) -> float:
+        """Of the time of steps, what prediction and grouping take of it."""
+        seconds = self.predict_seconds + self.group_seconds + self.wait_seconds
+        return seconds / self.step_seconds if self.step_seconds else 0.0
+
     def to_dict(self) -> dict[str, Any]:
-        more = {"rows_per_step": self.rows_per_step, "tokens_per_second": self.tokens_per_second}
-        return asdict(self) | more
+        more = ("rows_per_step", "tokens_per_second", "scheduling_share")
+        return asdict(self) | {name: getattr(self, name) for name in more}
 
 
 class Engine:
     """Continuous batching over a loaded model.
 
-    Holds `settings.sequences` sequences in units of two batches of `settings.batch`. execution: "joint" loads an expert
-    once for all batches of a unit, "split" runs them one after the other. scheduler: who sits together, asked between
-    steps. clock: seconds, for deadlines. One engine at a time may use a model's KV budget.
+    Holds `settings.sequences` sequences in units of two batches of `settings.batch`. execution: "joint" loads an
+    expert once for all batches of a unit, "split" runs them one after the other. schedule: "fixed" seats sequences in
+    order of arrival; "auto" has those share a batch whose predicted paths are alike, and needs a predictor.
+    scheduler: instead of "fixed", who sits together, asked between steps. clock: seconds, for deadlines. One engine
+    at a time may use a model's KV budget. Close it.
     """
 
     def __init__(
@@ -71,6 +96,7 @@ class Engine:
         llm: LLM,
         *,
         execution: Execution = "joint",
+        schedule: Schedule = "fixed",
         scheduler: Scheduler = arrival_order,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -79,12 +105,16 @@ class Engine:
         check_sequences_can_move(llm.model)
         self._llm = llm
         self._execution = execution
+        self._auto = _auto_schedule(llm, execution, schedule, scheduler)
+        self._schedule = schedule
         self._clock = clock
         settings = llm.settings
         self._units: list[Unit] = []
         left = settings.held
         while left > 0:
             most = min(left, settings.unit)
+            if self._auto is not None:
+                scheduler = partial(self._auto.seats, len(self._units))
             self._units.append(Unit(llm.model, settings.batch, most, llm.pad_token, scheduler))
             left -= most
         self._turn = 0
@@ -93,10 +123,19 @@ class Engine:
         self._changed = threading.Condition()  # guards the queue and who is in it
         self._stepping = threading.Lock()
         self._closed = False
-        self._stats = EngineStats(execution)
+        self._stats = EngineStats(execution, schedule)
 
     @property
     def stats(self) -> EngineStats:
+        if (auto := self._auto) is not None:
+            self._stats.group_seconds = auto.group_seconds
+            self._stats.wait_seconds, self._stats.late = (
+                auto.pipeline.stats.wait_seconds,
+                auto.pipeline.stats.late,
+            )
+            self._stats.hidden_predict_seconds = auto.hidden_predict_seconds
+            self._stats.hidden_group_seconds = auto.hidden_group_seconds
+            self._stats.groupings = auto.groupings
         with self._changed:
             self._stats.waiting = len(self._queue)
             self._stats.running = sum(len(unit.members) for unit in self._units)
@@ -104,7 +143,9 @@ class Engine:
         return self._stats
 
     def reset_stats(self) -> None:
-        self._stats = EngineStats(self._execution)
+        self._stats = EngineStats(self._execution, self._schedule)
+        if self._auto is not None:
+            self._auto.reset_stats()
         for unit in self._units:
             unit.regroupings = 0
 
@@ -198,6 +239,8 @@ class Engine:
             for request in self._requests.values():
                 request.cancel()
         self._leave()
+        if self._auto is not None:
+            self._auto.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -224,21 +267,35 @@ class Engine:
         unit = self._next_unit()
         if unit is None:
             return False
-        started = time.perf_counter()
+        started, predicted = time.perf_counter(), self._predict_seconds()
         decoding = 0
         with self._failing(unit):
+            if self._auto is not None:
+                self._auto.begins(alone=self._alone(unit))
             # Since the unit's last step its scheduler may have found out more about the newest tokens.
             unit.settle()
             decoding = sum(len(batch.members) for batch in unit.batches)
             self._take(unit.step(self._execution))
             unit.settle()
+            if self._auto is not None:
+                self._auto.stepped(self._units.index(unit), unit, alone=self._alone(unit))
             self._stats.steps += 1
             self._stats.decode_rows += decoding
         ended = time.perf_counter()
         self._stats.step_seconds += ended - started
+        self._stats.predict_seconds += self._predict_seconds() - predicted
         if (timeline := self._llm.timeline) is not None:
             timeline.add("compute", f"unit {self._units.index(unit)}", started, ended, decoding=decoding)
         return True
+
+    def _alone(self, unit: Unit) -> bool:
+        """Whether no other unit computes between two steps of this one."""
+        return not any(other.members for other in self._units if other is not unit)
+
+    def _predict_seconds(self) -> float:
+        """Of the thread that steps, so far."""
+        predicting = self._llm.experts.predicting
+        return predicting.stats.predict_seconds if predicting is not None else 0.0
 
     @contextmanager
     def _failing(self, unit: Unit) -> Iterator[None]:
@@ -326,3 +383,30 @@ class Engine:
         with self._changed:
             for row in request.rows:
                 self._requests.pop(id(row), None)
+
+
+def _auto_schedule(
+    llm: LLM, execution: Execution, schedule: Schedule, scheduler: Scheduler
+) -> AutoSchedule | None:
+    """None where sequences are seated otherwise. Raises ValueError for what cannot be had."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is unknown; use {' or '.join(map(repr, SCHEDULES))}")
+    if schedule == "fixed":
+        return None
+    if scheduler is not arrival_order:
+        raise ValueError("schedule='auto' and scheduler= both say who sits together; give one of them")
+    if llm.settings.predictor == "none":
+        raise ValueError(
+            "schedule='auto' groups sequences by predicted experts, and predictor='none'; give predictor='online' "
+            "(--predictor online) or a trained one"
+        )
+    if positions_follow_cache(llm.model):
+        raise ValueError(
+            f"schedule='auto' cannot move sequences of {type(llm.model).__name__}, which takes positions from the "
+            f"length of the batch; use schedule='fixed'"
+        )
+    predicting = llm.experts.predicting
+    if predicting is None:
+        logger.info("schedule='auto' moves nobody: every expert has a slot, so no load can be saved")
+        return None
+    return AutoSchedule(predicting, llm.experts.cache, execution)

@@ -7,6 +7,9 @@ A predictor that fails is not asked again.
 
 Passes that run together (meeting.py) are one pass to the cache: they wait for each other before the first layer and
 behind the last, those that decode get one forecast, and prompts beside them are only learnt from.
+
+A scheduler may have the predictor asked before the pass, and in another thread (`question`, `foresee`): the pass finds
+what was said and does not ask again.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +29,11 @@ from torch import Tensor, nn
 from expertflow.cache.expert_cache import ExpertCache
 from expertflow.cache.gate import PayoffGate
 from expertflow.cache.policies.base import FARTHEST, Forecast
+from expertflow.models.foresight import Foresight, Question, Upcoming
 from expertflow.models.meeting import END, meet
 from expertflow.models.rows import MAX_ROWS, Followed, Rows, Sources, joined
 from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.combine import Later, at_once
 from expertflow.predictor.serving import Expected, PassPredictor
 
 logger = logging.getLogger(__name__)
@@ -42,7 +48,9 @@ class PredictionStats:
 
     name: str  # the setting
     passes: int = 0  # that had a forecast
-    predict_seconds: float = 0.0  # asking, looking ahead and learning
+    foreseen: int = 0  # passes among them whose rows had been asked about before
+    predict_seconds: float = 0.0  # asking, looking ahead and learning, while no pass could run
+    hidden_seconds: float = 0.0  # asking and learning in a thread of its own
     needed: int = 0
     predicted: int = 0  # by what was known when the layer began
     right: int = 0  # predicted and needed
@@ -114,6 +122,8 @@ class Predicting:
         self._predictor: PassPredictor | None = None
         self._rows = Rows()
         self._sources = Sources()
+        self._foresight = Foresight()
+        self.learn_later: Later | None = None  # who learns while the next pass runs; None: it waits
         self._pass: _Pass | None = None
         self._stats = PredictionStats(name)
 
@@ -157,6 +167,37 @@ class Predicting:
         if refined_E is not None:
             self.cache.refine(layer + 1, refined_E)
 
+    def question(self, lane: Hashable, upcoming: Sequence[Upcoming]) -> Question | None:
+        """What to ask of sequences that have got their newest tokens, for `foresee`; None where nothing can be said.
+
+        lane: whose sequences these are. To be called between passes, by the thread that runs them.
+        """
+        if not upcoming or not self.gate.open or any(len(one.names) > MAX_ROWS for one in upcoming):
+            return None
+        with self._asking() as predictor:
+            if predictor is None:
+                return None
+            followed = [
+                self._rows.foresee(
+                    one.newest_B1,
+                    one.cache,
+                    None if one.encoder_BSD is None else self._sources.of(one.encoder_BSD),
+                )
+                for one in upcoming
+            ]
+            return Question(lane, [name for one in upcoming for name in one.names], joined(followed))
+        return None  # it failed
+
+    def foresee(self, question: Question, *, hidden: bool) -> Tensor | None:
+        """p_NLE that each row of the question needs each expert; None where nothing is said. Kept for their pass.
+
+        hidden: this is not the thread that runs the passes. One call at a time.
+        """
+        with self._asking(hidden) as predictor:
+            if predictor is not None:
+                return self._foresight.ask(predictor, question)
+        return None
+
     def _running(self) -> _Pass | None:
         """The pass of this thread. Threads that share a model run their passes at once; one of them is followed."""
         running = self._pass
@@ -192,8 +233,10 @@ class Predicting:
             elif running is not None:
                 running.routes_L = []
                 if predictor is not None:
-                    said = predictor.begin(running.whole.context, running.whole.origin_B)
+                    foreseen = self._foresight.find(running.whole)
+                    said = predictor.begin(running.whole.context, running.whole.origin_B, foreseen)
                     if said is not None:
+                        self._stats.foreseen += foreseen is not None
                         running.p_LE = said.p_LE.clone()
                         forecast = self._forecast(said)
         self.cache.begin_pass(forecast)
@@ -212,6 +255,8 @@ class Predicting:
         return [None] * len(caches)
 
     def _learn(self, running: _Pass, predictor: PassPredictor | None, caches: list[Any]) -> None:
+        if predictor is None and self._stats.failed is not None:
+            return  # in another thread, while the pass ran
         routes_L = running.routes_L
         shapes = [one.context.new_BS.shape for one in running.followed]
         positions = sum(shape.numel() for shape in shapes)
@@ -232,10 +277,11 @@ class Predicting:
         if predictor is None:
             predictor = self._predictor = self._make(routes_NLK.shape[-1])
             predictor.begin(context, running.whole.origin_B)
-        predictor.end(context, asked_BSLK)
+        later = at_once if self.learn_later is None else partial(self._hand_over, self.learn_later)
+        predictor.end(context, asked_BSLK, later)
         for one, part, asked in zip(running.followed, routes, running.asked, strict=True):
             if not asked:
-                predictor.learn(one.context, part)
+                predictor.learn(one.context, part, later)
         after = [
             cache if cache is not None else call.kwargs.get("past_key_values")
             for cache, call in zip(caches, running.calls, strict=True)
@@ -250,6 +296,14 @@ class Predicting:
             stats.needed += int(used_LE.sum())
             stats.predicted += int(guess_LE.sum())
             stats.right += int((guess_LE & used_LE).sum())
+
+    def _hand_over(self, later: Later, learn: Callable[[], None]) -> None:
+        def hidden() -> None:
+            with self._asking(hidden=True) as predictor:
+                if predictor is not None:
+                    learn()
+
+        later(hidden)
 
     def _follow(self, calls: list[_Call], started: float) -> _Pass | None:
         """What is known of the sequences of these calls. None where one of them is not to be followed: embeddings in
@@ -291,9 +345,10 @@ class Predicting:
         )
 
     @contextmanager
-    def _asking(self) -> Iterator[PassPredictor | None]:
+    def _asking(self, hidden: bool = False) -> Iterator[PassPredictor | None]:
         """Keep the time of a block that may fail, and must not fail the run. Yields the predictor once there is one.
 
+        hidden: in another thread, which leaves the pass under way alone.
         What is learnt in it may be changed under any mode later, so it is never made in inference mode.
         """
         if self._stats.failed is not None:
@@ -306,8 +361,10 @@ class Predicting:
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             self._stats.failed = cause
-            self._predictor, self._pass = None, None
-            self._rows.forget()
+            self._predictor = None
+            if not hidden:
+                self._pass = None
+                self._rows.forget()
             logger.warning(
                 "the predictor %s failed (%s) and is not asked again; the run goes on without prefetching, and its "
                 "output is the same",
@@ -316,9 +373,12 @@ class Predicting:
             )
         finally:
             ended = time.perf_counter()
-            self._stats.predict_seconds += ended - began
+            if hidden:
+                self._stats.hidden_seconds += ended - began
+            else:
+                self._stats.predict_seconds += ended - began
             if (timeline := self.cache.timeline) is not None:
-                timeline.add("predict", self.name, began, ended)
+                timeline.add("predict", self.name, began, ended, hidden=hidden)
 
 
 def _packs_sequences(kwargs: dict[str, Any]) -> bool:

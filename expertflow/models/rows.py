@@ -28,6 +28,7 @@ class Followed(NamedTuple):
     context: PathContext
     # The row of the pass before that each row continues; None where not all of them were in it.
     origin_B: Tensor | None
+    marks_BF: Tensor | None = None  # what its rows are recognised by; None without a cache
 
 
 class Rows:
@@ -53,30 +54,14 @@ class Rows:
 
         cache: transformers' past_key_values or None. source: what an encoder read, ids and mask.
         """
-        source_BS, source_mask_BS = source if source is not None else (None, None)
-        known_B = self._known(cache)
-        if known_B is None or len(known_B) != len(ids_BS):
-            alone = PathContext(
-                target_BT=ids_BS,
-                target_mask_BT=mask_BS,
-                num_new=ids_BS.shape[1],
-                source_BS=source_BS,
-                source_mask_BS=source_mask_BS,
-            )
-            return Followed(alone, None)
-        self._continued.append(known_B)
-        routes_BTLK = self._routes_RTLK[known_B]
-        unknown = torch.full((*ids_BS.shape, *routes_BTLK.shape[2:]), UNKNOWN, dtype=routes_BTLK.dtype)
-        context = PathContext(
-            target_BT=torch.cat([self._ids_RT[known_B], ids_BS], 1),
-            target_mask_BT=torch.cat([self._mask_RT[known_B], mask_BS], 1),
-            num_new=ids_BS.shape[1],
-            source_BS=source_BS,
-            source_mask_BS=source_mask_BS,
-            routes_BTLK=torch.cat([routes_BTLK, unknown], 1),
-        )
-        place_B = self._place_R[known_B]
-        return Followed(context, place_B if bool((place_B >= 0).all()) else None)
+        followed, known_B = self._follow(ids_BS, mask_BS, cache, source)
+        if known_B is not None:
+            self._continued.append(known_B)
+        return followed
+
+    def foresee(self, ids_B1: Tensor, cache: Any, source: tuple[Tensor, Tensor] | None = None) -> Followed:
+        """The context of a pass that is still to come, over these newest tokens. Changes nothing."""
+        return self._follow(ids_B1, torch.ones_like(ids_B1, dtype=torch.bool), cache, source)[0]
 
     def end(self, passed: Sequence[tuple[PathContext, Tensor, Any]], asked: Sequence[bool]) -> None:
         """The passes are over: remember their ends, to recognise the next.
@@ -109,6 +94,35 @@ class Rows:
         self._ids_RT, self._mask_RT = torch.cat(ids)[:KEPT_ROWS], torch.cat(masks)[:KEPT_ROWS]
         self._routes_RTLK = torch.cat(routes)[:KEPT_ROWS]
 
+    def _follow(
+        self, ids_BS: Tensor, mask_BS: Tensor, cache: Any, source: tuple[Tensor, Tensor] | None
+    ) -> tuple[Followed, Tensor | None]:
+        """And which of the remembered rows they continue."""
+        source_BS, source_mask_BS = source if source is not None else (None, None)
+        marks_BF = _marks(cache)
+        known_B = self._known(marks_BF)
+        if known_B is None or len(known_B) != len(ids_BS):
+            alone = PathContext(
+                target_BT=ids_BS,
+                target_mask_BT=mask_BS,
+                num_new=ids_BS.shape[1],
+                source_BS=source_BS,
+                source_mask_BS=source_mask_BS,
+            )
+            return Followed(alone, None, marks_BF), None
+        routes_BTLK = self._routes_RTLK[known_B]
+        unknown = torch.full((*ids_BS.shape, *routes_BTLK.shape[2:]), UNKNOWN, dtype=routes_BTLK.dtype)
+        context = PathContext(
+            target_BT=torch.cat([self._ids_RT[known_B], ids_BS], 1),
+            target_mask_BT=torch.cat([self._mask_RT[known_B], mask_BS], 1),
+            num_new=ids_BS.shape[1],
+            source_BS=source_BS,
+            source_mask_BS=source_mask_BS,
+            routes_BTLK=torch.cat([routes_BTLK, unknown], 1),
+        )
+        place_B = self._place_R[known_B]
+        return Followed(context, place_B if bool((place_B >= 0).all()) else None, marks_BF), known_B
+
     def _older(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """The rows remembered that no pass has continued."""
         if self._marks_RF is None:
@@ -118,9 +132,8 @@ class Rows:
             keep_R[known_B] = False
         return self._marks_RF[keep_R], self._ids_RT[keep_R], self._mask_RT[keep_R], self._routes_RTLK[keep_R]
 
-    def _known(self, cache: Any) -> Tensor | None:
-        """Which of the remembered rows each row of this cache continues; None where not all do."""
-        marks_BF = _marks(cache)
+    def _known(self, marks_BF: Tensor | None) -> Tensor | None:
+        """Which of the remembered rows each row with these marks continues; None where not all do."""
         if self._marks_RF is None or marks_BF is None or marks_BF.shape[1:] != self._marks_RF.shape[1:]:
             return None
         same_BR = (marks_BF[:, None] == self._marks_RF[None]).all(-1)
@@ -188,7 +201,12 @@ def joined(followed: Sequence[Followed]) -> Followed:
         routes_BTLK=routes_BTLK,
     )
     origins = [one.origin_B for one in followed if one.origin_B is not None]
-    return Followed(context, torch.cat(origins) if len(origins) == len(followed) else None)
+    marks = [one.marks_BF for one in followed if one.marks_BF is not None]
+    return Followed(
+        context,
+        torch.cat(origins) if len(origins) == len(followed) else None,
+        torch.cat(marks) if len(marks) == len(followed) else None,
+    )
 
 
 def _routes_of(context: PathContext, shape_LK: Sequence[int]) -> Tensor:

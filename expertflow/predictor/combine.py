@@ -10,7 +10,10 @@ where a part has lately been better than the mixture, that part speaks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +29,16 @@ _START_TOKENS = 4.0  # the start counts as this many
 _JUDGE = 0.995  # by token, of the running losses
 # Learning needs no more rows of one pass than this: a prefill of a thousand tokens would cost milliseconds.
 MAX_ROWS = 32
+
+
+Later = Callable[
+    [Callable[[], None]], None
+]  # runs what it is given: in order, now or soon, in whatever thread
+
+
+def at_once(job: Callable[[], None]) -> None:
+    """The Later of those who have no other thread."""
+    job()
 
 
 class Mixture:
@@ -90,13 +103,15 @@ class Mixture:
         gradient_NLM = (x_LNME @ error_NLE.permute(1, 0, 2)[..., None])[..., 0].transpose(0, 1)
         spread_LN1E = (p_NLE * (1 - p_NLE)).permute(1, 0, 2)[:, :, None]
         curvature_NLMM = ((x_LNME * spread_LN1E) @ x_LNME.transpose(2, 3)).transpose(0, 1)
+        weight_LCM = self.weight_LCM.clone()  # another thread may be mixing: it sees the old ones or the new
         for kind in kind_N.unique().tolist():
             own = kind_N == kind
             forget = _FORGET ** int(own.sum())
             curvature = self._curvature_LCMM[:, kind]
             curvature.sub_(self._prior).mul_(forget).add_(self._prior).add_(curvature_NLMM[own].sum(0))
             step_LM = torch.linalg.solve(curvature, gradient_NLM[own].sum(0))
-            self.weight_LCM[:, kind] -= step_LM.clamp(-0.5, 0.5)
+            weight_LCM[:, kind] -= step_LM.clamp(-0.5, 0.5)
+        self.weight_LCM = weight_LCM
 
     def _judge(self, z_NLE: Tensor, x_NMLE: Tensor, truth_NLE: Tensor) -> None:
         all_NMLE = torch.cat([z_NLE[:, None], x_NMLE[:, :-1]], dim=1)
@@ -113,12 +128,24 @@ class Mixture:
         self._speaker_L = self.speaker_L().tolist()
 
 
+class Opinions(NamedTuple):
+    """What was said of N positions before their pass. All of it goes by position, so rows may change batches."""
+
+    p_NMLE: Tensor  # by source
+    kind_N: Tensor  # of token: how much the online table has seen of it
+    mixed_NLE: Tensor
+
+    def select(self, rows_N: Tensor) -> Opinions:
+        """Of these positions, in this order: indices or a mask."""
+        return Opinions(self.p_NMLE[rows_N], self.kind_N[rows_N], self.mixed_NLE[rows_N])
+
+
 class Combination:
     """Path predictors, and one that looks a layer ahead, as one predictor that learns while serving.
 
     PathPredictor, OnlinePredictor and LayerPredictor at once: `predict` before the pass, `observe` at each
     layer, `observe_pass` afterwards. Rows of `observe` are the real new positions of the last `predict`, in
-    order: sequence by sequence.
+    order: sequence by sequence. `consult` may be called from another thread at any time.
     """
 
     def __init__(
@@ -142,22 +169,40 @@ class Combination:
         self._p_NMLE: Tensor | None = None
         self._kind_N = torch.zeros(0, dtype=torch.int64)
         self._ahead_NLE: Tensor | None = None
+        # Of what `consult` reads and `observe_pass` changes. Held for one source at a time: a pass waits for it.
+        self._learning = threading.Lock()
 
     def predict(self, context: PathContext) -> Tensor:
         """Remembers what each source said until `observe_pass`."""
+        said = self.consult(context)
+        self.adopt(said.select(_real(context)))
+        return said.mixed_NLE.reshape(*context.new_BS.shape, *said.mixed_NLE.shape[1:])
+
+    def consult(self, context: PathContext, answers: Mapping[int, Tensor] | None = None) -> Opinions:
+        """Ask all sources about the new positions, padding included. Changes nothing.
+
+        answers: p_BSLE of sources, by number, that have been asked already.
+        """
+        answers = answers or {}
         kind_BS = torch.zeros(context.new_BS.shape, dtype=torch.int64)
         said = []
-        for source in self.sources:
-            if isinstance(source, OnlineTokenTable):
-                p_BSLE, kind_BS = source.predict_with_support(context)
+        for number, source in enumerate(self.sources):
+            if number in answers:
+                p_BSLE = answers[number]
+            elif isinstance(source, OnlineTokenTable):
+                with self._learning:
+                    p_BSLE, kind_BS = source.predict_with_support(context)
             else:
                 p_BSLE = source.predict(context)
             said.append(p_BSLE)
-        p_NMLE = torch.stack(said, dim=2).flatten(0, 1)
-        mixed = self.before.mix(p_NMLE, kind_BS.flatten())
-        real_N = _real(context)
-        self._p_NMLE, self._kind_N, self._ahead_NLE = p_NMLE[real_N], kind_BS.flatten()[real_N], None
-        return mixed.reshape(*kind_BS.shape, *mixed.shape[1:])
+        p_NMLE, kind_N = torch.stack(said, dim=2).flatten(0, 1), kind_BS.flatten()
+        with self._learning:
+            mixed_NLE = self.before.mix(p_NMLE, kind_N)
+        return Opinions(p_NMLE, kind_N, mixed_NLE)
+
+    def adopt(self, said: Opinions) -> None:
+        """The pass that begins is over these positions, real ones only: `observe_pass` will learn from it."""
+        self._p_NMLE, self._kind_N, self._ahead_NLE = said.p_NMLE, said.kind_N, None
 
     def observe(self, layer: int, hidden_BD: Tensor | None, routes_BK: Tensor | None) -> Tensor | None:
         if self.ahead is None or self._p_NMLE is None:
@@ -182,18 +227,32 @@ class Combination:
         """The pass that was predicted last will not be observed."""
         self._p_NMLE = self._ahead_NLE = None
 
-    def observe_pass(self, context: PathContext, routes_BSLK: Tensor) -> None:
+    def observe_pass(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
+        """later: who does the learning, which may be under way while the next pass runs."""
+        said = (self._p_NMLE, self._ahead_NLE, self._kind_N)
+        self._p_NMLE = self._ahead_NLE = None
+        later(partial(self._learn, context, routes_BSLK, *said))
+
+    def _learn(
+        self,
+        context: PathContext,
+        routes_BSLK: Tensor,
+        p_NMLE: Tensor | None,
+        ahead_NLE: Tensor | None,
+        kind_N: Tensor,
+    ) -> None:
         real_N = _real(context)
         truth_NLE = multi_hot(routes_BSLK.flatten(0, 1)[real_N], self.num_experts)
-        if self._p_NMLE is not None and len(truth_NLE) == len(self._p_NMLE) > 0:
-            self.before.learn(self._p_NMLE, truth_NLE, self._kind_N)
-            if self._ahead_NLE is not None:
-                with_ahead = torch.cat([self._p_NMLE, self._ahead_NLE[:, None]], dim=1)
-                self.during.learn(with_ahead, truth_NLE, self._kind_N)
-        self._p_NMLE = self._ahead_NLE = None
+        if p_NMLE is not None and len(truth_NLE) == len(p_NMLE) > 0:
+            with self._learning:
+                self.before.learn(p_NMLE, truth_NLE, kind_N)
+            if ahead_NLE is not None:
+                with_ahead = torch.cat([p_NMLE, ahead_NLE[:, None]], dim=1)
+                self.during.learn(with_ahead, truth_NLE, kind_N)
         for source in self.sources:
             if isinstance(source, OnlinePredictor):
-                source.observe_pass(context, routes_BSLK)
+                with self._learning:
+                    source.observe_pass(context, routes_BSLK)
 
 
 def _real(context: PathContext) -> Tensor:

@@ -2,11 +2,15 @@
 
 The online table and, where there are any, a trained predictor and look-ahead, mixed while serving; then what the
 mixture says of the whole batch, with the running frequencies, as a forecast for the cache. Prompts are learnt from
-and not forecast: they need nearly every expert. Knows nothing of models, caches and threads.
+and not forecast: they need nearly every expert. Knows nothing of models and caches.
+
+`foresee` says of each row what can be said before anybody knows which rows run together: the scheduler groups by it,
+and the pass then begins with it. It may be called from another thread while a pass runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expertflow.predictor.baselines import multi_hot
-from expertflow.predictor.combine import Combination
+from expertflow.predictor.combine import Combination, Later, Opinions, at_once
 from expertflow.predictor.decoder import PathState
 from expertflow.predictor.model import RoutingPathPredictor, prompts_of
 from expertflow.predictor.next_use import HORIZONS
@@ -23,6 +27,7 @@ from expertflow.predictor.pass_forecast import PassForecast
 from expertflow.predictor.protocol import LayerPredictor, PathContext, PathPredictor
 
 TABLE_BYTES = 16 << 20
+_PASSES = "passes"  # the lane of what is asked when a pass begins
 
 
 class Expected(NamedTuple):
@@ -32,14 +37,44 @@ class Expected(NamedTuple):
     later_LE: Tensor
 
 
-class PassPredictor(Protocol):
-    """What a running model asks: `begin`, then `ahead` at each layer, then `end` (or `forget`)."""
+class Foreseen(NamedTuple):
+    """What is said of N rows, one new position each, before their pass; by row, whoever they will run with."""
 
-    def begin(self, context: PathContext, origin_B: Tensor | None) -> Expected | None:
+    said: Opinions
+    absent_NCLE: Tensor | None = None  # of the next-use head, at each of HORIZONS
+
+    @property
+    def p_NLE(self) -> Tensor:
+        """The probability that each row needs each expert."""
+        return self.said.mixed_NLE
+
+    def select(self, rows_N: Tensor) -> Foreseen:
+        """Of these rows, in this order: indices or a mask."""
+        absent_NCLE = None if self.absent_NCLE is None else self.absent_NCLE[rows_N]
+        return Foreseen(self.said.select(rows_N), absent_NCLE)
+
+
+class PassPredictor(Protocol):
+    """What a running model asks: `begin`, then `ahead` at each layer, then `end` (or `forget`).
+
+    One thread at a time runs passes. `foresee` may come from another one, one call at a time for each lane.
+    """
+
+    def begin(
+        self, context: PathContext, origin_B: Tensor | None, foreseen: Foreseen | None = None
+    ) -> Expected | None:
         """What the pass over the new positions of `context` will need; None where nothing is said.
 
         origin_B: which row of the pass before each row continues (int64); None where not all of them were in it:
-        texts begin, or `context` has the end of what was before.
+        texts begin, or `context` has the end of what was before. foreseen: what has been said of these very rows
+        already, all of them real; then nobody is asked again.
+        """
+        ...
+
+    def foresee(self, context: PathContext, origin_B: Tensor | None, lane: Hashable) -> Foreseen | None:
+        """What can be said of rows before their pass; None where nothing is said.
+
+        lane: calls of one lane follow the same sequences, and origin_B counts the rows of its last call.
         """
         ...
 
@@ -48,11 +83,14 @@ class PassPredictor(Protocol):
         needs the experts of the next layer. None where nothing is said."""
         ...
 
-    def end(self, context: PathContext, routes_BSLK: Tensor) -> None:
-        """The pass is over: learn from what the routers chose at the new positions."""
+    def end(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
+        """The pass is over: learn from what the routers chose at the new positions.
+
+        later: who does what the next pass need not wait for.
+        """
         ...
 
-    def learn(self, context: PathContext, routes_BSLK: Tensor) -> None:
+    def learn(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
         """A pass over other sequences ran beside the one that has ended (a prompt): learn from it too."""
         ...
 
@@ -73,14 +111,13 @@ class ServingPredictor:
         ahead: LayerPredictor | None = None,
     ):
         self.trained = trained
-        self._spoken = _Spoken()
         table = OnlineTokenTable(layers, num_experts, top_k, TABLE_BYTES)
-        sources: list[PathPredictor] = [table] if trained is None else [self._spoken, table]
+        sources: list[PathPredictor] = [table] if trained is None else [trained, table]
         self.combination = Combination(sources, layers, num_experts, ahead)
         self.has_head = trained is not None and trained.next_use_head is not None
         self.expected = PassForecast(layers, num_experts, top_k, True, self.has_head)
         self.num_experts = num_experts
-        self._state: PathState | None = None
+        self._states: dict[Hashable, PathState] = {}  # of the trained predictor, by lane
         self._forecast_made = False
 
     @staticmethod
@@ -91,25 +128,38 @@ class ServingPredictor:
         per_expert = 4 * (passes * (1 + len(HORIZONS)) * features + 8)
         return TABLE_BYTES + layers * num_experts * per_expert
 
-    def begin(self, context: PathContext, origin_B: Tensor | None) -> Expected | None:
+    def begin(
+        self, context: PathContext, origin_B: Tensor | None, foreseen: Foreseen | None = None
+    ) -> Expected | None:
         if origin_B is None and context.routes_BTLK is None:
             self.forget()
-        decoding = context.num_new == 1
-        absent_CLE = None
-        if self.trained is not None:
-            states_BSD = self._advance(self.trained, context, origin_B)
-            if states_BSD is None:
+        if context.num_new > 1:
+            if self.trained is not None and self._advance(self.trained, context, origin_B, _PASSES) is None:
                 return None
-            if decoding:
-                absent_CLE = self._speak(self.trained, context, states_BSD)
-        if not decoding:
             self.forget()
             return None
-        p_BSLE = self.combination.predict(context)
-        real_B = _real_rows(context)
-        now_LE, later_LE = self.expected.forecast(_any_row(p_BSLE[real_B, 0]), absent_CLE)
+        if foreseen is None:
+            foreseen = self.foresee(context, origin_B, _PASSES)
+            if foreseen is None:
+                return None
+            foreseen = foreseen.select(_real_rows(context))
+        else:
+            self._states.pop(_PASSES, None)  # it has not seen this pass
+        self.combination.adopt(foreseen.said)
+        absent_CLE = None if foreseen.absent_NCLE is None else foreseen.absent_NCLE.prod(0)
+        now_LE, later_LE = self.expected.forecast(_any_row(foreseen.p_NLE), absent_CLE)
         self._forecast_made = True
         return Expected(now_LE, later_LE)
+
+    def foresee(self, context: PathContext, origin_B: Tensor | None, lane: Hashable) -> Foreseen | None:
+        assert context.num_new == 1, "rows of one new position"
+        if self.trained is None:
+            return Foreseen(self.combination.consult(context))
+        states_B1D = self._advance(self.trained, context, origin_B, lane)
+        if states_B1D is None:
+            return None
+        p_B1LE, absent_BCLE = self._speak(self.trained, context, states_B1D)
+        return Foreseen(self.combination.consult(context, {0: p_B1LE}), absent_BCLE)
 
     def ahead(self, layer: int, hidden_ND: Tensor, routes_NK: Tensor) -> Tensor | None:
         if not self._forecast_made:
@@ -117,15 +167,15 @@ class ServingPredictor:
         p_NE = self.combination.observe(layer, hidden_ND, routes_NK)
         return None if p_NE is None else _any_row(p_NE)
 
-    def end(self, context: PathContext, routes_BSLK: Tensor) -> None:
-        self.combination.observe_pass(context, routes_BSLK)
+    def end(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
+        self.combination.observe_pass(context, routes_BSLK, later)
         if self._forecast_made:
             routes_RLK = routes_BSLK[_real_rows(context), 0]
             self.expected.observe(multi_hot(routes_RLK, self.num_experts).any(0))
             self._forecast_made = False
 
-    def learn(self, context: PathContext, routes_BSLK: Tensor) -> None:
-        self.combination.observe_pass(context, routes_BSLK)
+    def learn(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
+        self.combination.observe_pass(context, routes_BSLK, later)
 
     def forget(self) -> None:
         self.combination.forget()
@@ -133,50 +183,41 @@ class ServingPredictor:
         self._forecast_made = False
 
     def _advance(
-        self, trained: RoutingPathPredictor, context: PathContext, origin_B: Tensor | None
+        self, trained: RoutingPathPredictor, context: PathContext, origin_B: Tensor | None, lane: Hashable
     ) -> Tensor | None:
         """states_BSD of the new positions, or None where the trained predictor lacks what the encoder read."""
         new = context.num_new
-        if origin_B is None or self._state is None:  # begin with all that is known of these texts
+        state = None if origin_B is None else self._states.get(lane)
+        if state is None:  # begin with all that is known of these texts
             context = replace(context, num_new=context.target_BT.shape[1])
         mask_BS = context.new_mask_BS
         if mask_BS is None:
             mask_BS = torch.ones_like(context.new_BS, dtype=torch.bool)
         with torch.inference_mode():
-            if origin_B is None or self._state is None:
-                self._state = _start(trained, context, mask_BS)
-                if self._state is None:
+            if state is None:
+                self._states.pop(lane, None)
+                state = _start(trained, context, mask_BS)
+                if state is None:
                     return None
-            elif not torch.equal(origin_B, torch.arange(self._state.num_rows)):
-                self._state = self._state.select(origin_B)
+            elif origin_B is not None and not torch.equal(origin_B, torch.arange(state.num_rows)):
+                state = state.select(origin_B)
+            self._states[lane] = state
             # Not `advance`: of a prompt the states alone are wanted, not what the heads say of each position.
-            states_BSD = trained.decoder.advance(self._state, trained.embedding(context.new_BS), mask_BS)
+            states_BSD = trained.decoder.advance(state, trained.embedding(context.new_BS), mask_BS)
             return states_BSD[:, -new:]
 
     def _speak(
         self, trained: RoutingPathPredictor, context: PathContext, states_B1D: Tensor
-    ) -> Tensor | None:
-        """Leaves what it predicts in the mixture's source; absent_CLE of the batch where it has a next-use head."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """p_B1LE, and absent_BCLE where it has a next-use head."""
         with torch.inference_mode():
             p_B1LE = trained.target_heads(states_B1D, context.new_BS).sigmoid()
-            absent_CLE = None
+            absent_BCLE = None
             if self.has_head:
                 # A longer horizon includes a shorter.
-                within_BCLE = trained.next_use_logits(states_B1D)[:, 0].sigmoid().cummax(1).values
-                absent_CLE = (1 - within_BCLE[_real_rows(context)]).prod(0)
+                absent_BCLE = 1 - trained.next_use_logits(states_B1D)[:, 0].sigmoid().cummax(1).values
         # Copies: tensors made in inference mode could not be learnt from outside of it.
-        self._spoken.p_BSLE = p_B1LE.clone()
-        return None if absent_CLE is None else absent_CLE.clone()
-
-
-class _Spoken:
-    """Stands for the trained predictor in the mixture, which has been asked already (see `advance`)."""
-
-    def __init__(self) -> None:
-        self.p_BSLE = torch.zeros(0)
-
-    def predict(self, context: PathContext) -> Tensor:
-        return self.p_BSLE
+        return p_B1LE.clone(), None if absent_BCLE is None else absent_BCLE.clone()
 
 
 def _start(trained: RoutingPathPredictor, context: PathContext, mask_BS: Tensor) -> PathState | None:

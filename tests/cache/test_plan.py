@@ -388,8 +388,8 @@ def test_prefetches_go_two_layers_ahead():
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=12, max_size=12), st.integers(2, 11), st.data())
 def test_prefetches_do_not_push_each_other_out_for_ever(p, num_slots, data):
-    """Whom to evict goes by the expected use, what to fetch by layers: an expert of the next layer that is not so sure
-    was evicted for a sure one of the layer after, fetched again for somebody else, and so on while the link was idle."""
+    """Whom to evict goes by the expected use, what to fetch by layers: an expert of the next layer that is not so
+    sure was evicted for a sure one of the layer after, fetched again for a third, and so on while the link was idle."""
     plan = new_plan(num_slots, "plec")
     later = [[data.draw(st.floats(1, 20)) for _ in range(4)] for _ in range(3)]
     todo = plan.begin_pass(Forecast([p[0:4], p[4:8], p[8:12]], later))

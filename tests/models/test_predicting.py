@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from expertflow.models.attach import ExpertFlowConfig
 from expertflow.models.capture import count_source_layers
 from expertflow.models.fingerprint import fingerprint
+from expertflow.predictor.combine import Later, Opinions, at_once
 from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
-from expertflow.predictor.serving import Expected
+from expertflow.predictor.serving import Expected, Foreseen
 from expertflow.predictor.sizes import PredictorSizes
 from expertflow.predictor.storage import save_predictor
 from tests.families import FAMILIES, write_checkpoint
@@ -89,11 +90,16 @@ class Noise:
         self.learnt: list[Any] = []
         self.asked = 0
 
-    def begin(self, context: Any, origin_B: Any) -> Expected:
+    def begin(self, context: Any, origin_B: Any, foreseen: Foreseen | None = None) -> Expected:
         self.begun.append((context, origin_B))
         p_LE = torch.rand(self.layers, self.experts, generator=self.draw)
         p_LE[0, 0], later = float("nan"), p_LE * 20
         return Expected(p_LE, later)
+
+    def foresee(self, context: Any, origin_B: Any, lane: Any) -> Foreseen:
+        rows = len(context.target_BT)
+        p_NLE = torch.rand(rows, self.layers, self.experts, generator=self.draw)
+        return Foreseen(Opinions(p_NLE[:, None], torch.zeros(rows, dtype=torch.int64), p_NLE))
 
     def ahead(self, layer: int, hidden_ND: Tensor, routes_NK: Tensor) -> Tensor | None:
         self.asked += 1
@@ -102,10 +108,10 @@ class Noise:
             return None
         return torch.rand(self.experts, generator=self.draw)
 
-    def end(self, context: Any, routes_BSLK: Tensor) -> None:
+    def end(self, context: Any, routes_BSLK: Tensor, later: Later = at_once) -> None:
         self.ended.append(routes_BSLK)
 
-    def learn(self, context: Any, routes_BSLK: Tensor) -> None:
+    def learn(self, context: Any, routes_BSLK: Tensor, later: Later = at_once) -> None:
         self.learnt.append((context, routes_BSLK))
 
     def forget(self) -> None:
@@ -132,7 +138,7 @@ def test_no_predictor_changes_a_bit(folders: dict[str, Path], name: str, kind: s
         listen_to(model, Noise(model))
     if kind == "failing":
         failing: Any = Noise(model)
-        failing.end = lambda context, routes: 1 / 0
+        failing.end = lambda context, routes, later: 1 / 0
         listen_to(model, failing)
     for _ in range(2):
         for each, expected in zip(answers(model, name), (tokens, logits), strict=True):

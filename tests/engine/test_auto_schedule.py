@@ -1,0 +1,454 @@
+"""schedule=auto: the same texts whatever is predicted and when, fewer loads where paths are alike, and no hang."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from expertflow import LLM, SamplingParams
+from expertflow.engine import auto_schedule
+from expertflow.engine.auto_schedule import AutoSchedule, Payoff, Prepared
+from expertflow.engine.engine import Engine
+from expertflow.engine.unit import Seating
+from expertflow.timeline import Timeline
+from tests.engine.test_engine import PARAMS, PROMPTS, check_at_rest, loads, tokens
+from tests.families import VOCAB_SIZE, write_checkpoint
+from tests.models.test_predicting import Noise, listen_to, trained_for
+
+LONG = 60.0
+ALL_PROMPTS, ALL_PARAMS = PROMPTS * 2, PARAMS * 2
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("auto")
+
+    def folder(name: str) -> Path:
+        at = root / name
+        return at if at.exists() else write_checkpoint(name, at, dtype=torch.float64)
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folders: Callable[[str], Path]) -> Callable[[str], list[list[int]]]:
+    found: dict[str, list[list[int]]] = {}
+
+    def tokens_alone(name: str) -> list[list[int]]:
+        if name not in found:
+            with LLM(folders(name), cache_size=3, context=64, batch=1) as llm:
+                found[name] = tokens(llm.generate(PROMPTS, PARAMS)) * 2
+        return found[name]
+
+    return tokens_alone
+
+
+def load(folder: Path, **settings: Any) -> LLM:
+    """Two units of two batches of two."""
+    sizes = {"cache_size": 2, "context": 64, "batch": 2, "sequences": 8, "predictor": "online"}
+    return LLM(folder, **{**sizes, **settings})
+
+
+@contextmanager
+def auto(llm: LLM, **options: Any) -> Iterator[tuple[Engine, AutoSchedule]]:
+    with Engine(llm, schedule="auto", **{"execution": "split", **options}) as engine:
+        assert engine._auto is not None
+        yield engine, engine._auto
+
+
+class Patient(Payoff):
+    """Every result is waited for, and moving costs next to nothing: what happens does not depend on the machine."""
+
+    @property
+    def seconds_saved(self) -> float:
+        return math.inf
+
+    def stepped(self, stall_seconds: float, activations: int) -> None:
+        self.seconds_per_activation = 1.0
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "switch_safetensors"])
+@pytest.mark.parametrize("execution", ["split", "joint"])
+def test_no_text_changes(
+    name: str, execution: str, folders: Callable[[str], Path], alone: Callable[[str], list[list[int]]]
+) -> None:
+    """Greedy and sampled answers that join and leave at different steps, in two units and more."""
+    with load(folders(name)) as llm, auto(llm, execution=execution) as (engine, schedule):
+        schedule.payoff = Patient()
+        assert tokens(engine.generate(ALL_PROMPTS, ALL_PARAMS)) == alone(name)
+        check_at_rest(engine)
+        stats, predicting = engine.stats, llm.experts.predicting
+        assert predicting is not None
+        assert predicting.stats.failed is None
+        assert predicting.stats.foreseen > 20
+        assert stats.hidden_predict_seconds > 0
+        assert stats.late == 0
+        assert (stats.groupings > 10) == (stats.regroupings > 5) == (execution == "split")
+
+
+@pytest.mark.parametrize("when", ["on time", "late"])
+@pytest.mark.parametrize("predictor", ["online", "trained", "noise"])
+def test_no_text_changes_whoever_predicts_and_however_late(
+    when: str,
+    predictor: str,
+    folders: Callable[[str], Path],
+    alone: Callable[[str], list[list[int]]],
+    tmp_path: Path,
+) -> None:
+    name = "qwen2_moe"
+    setting = "online"
+    if predictor == "trained":
+        with LLM(folders(name), cache_size=3) as plain:
+            setting = str(trained_for(plain.model, tmp_path, "causal"))
+    with load(folders(name), predictor=setting) as llm, auto(llm) as (engine, schedule):
+        predicting: Any = llm.experts.predicting
+        if predictor == "noise":
+            listen_to(llm.model, Noise(llm.model))
+        held = threading.Event()
+        if when == "on time":
+            held.set()
+            schedule.payoff = Patient()
+        foresee = predicting.foresee
+
+        def held_up(question: Any, *, hidden: bool) -> Any:
+            assert not hidden or held.wait(LONG)
+            return foresee(question, hidden=hidden)
+
+        predicting.foresee = held_up
+        try:
+            assert tokens(engine.generate(ALL_PROMPTS, ALL_PARAMS)) == alone(name)
+        finally:
+            held.set()
+        assert predicting.stats.failed is None
+        if when == "on time":
+            assert engine.stats.late == 0
+            assert predicting.stats.foreseen > 20
+        else:
+            assert engine.stats.late > 10
+            assert engine.stats.regroupings == 0
+            assert predicting.stats.foreseen == 0
+            assert predicting.stats.passes > 20, "then they are asked when the pass begins"
+
+
+def two_languages(folder: Path) -> Path:
+    """Even token ids go to experts 0 to 3, odd ones to 4 to 7, and a text stays in its language.
+
+    The first number of the residual stream says which: nothing writes it but the embedding.
+    """
+    write_checkpoint("qwen2_moe", folder, dtype=torch.float64)
+    (path,) = folder.glob("*.safetensors")
+    state = load_file(path)
+    language_V = torch.where(torch.arange(VOCAB_SIZE) % 2 == 0, 1.0, -1.0).double()
+    for name, weight in state.items():
+        if name.endswith("embed_tokens.weight"):
+            weight[:, 0] = 4 * language_V
+        elif name.endswith("lm_head.weight"):
+            weight[:, 0] = 50 * language_V
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight[0] = 0
+        elif name.endswith("mlp.gate.weight"):
+            weight[:, 0] = 30 * torch.where(torch.arange(len(weight)) < len(weight) // 2, 1.0, -1.0)
+        elif "norm" in name:
+            weight[0] = 1
+    save_file(state, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_sequences_of_a_language_share_a_batch_and_its_experts(tmp_path: Path) -> None:
+    """They arrive in turn, so in order of arrival every batch needs the experts of both languages."""
+    folder = two_languages(tmp_path / "languages")
+    prompts = [[40 + 2 * n + n % 2, 60 + n % 2, 80 + n % 2] for n in range(8)]
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=20, ignore_eos=True)
+    found: dict[str, tuple[list[list[int]], int, int]] = {}
+    for schedule in ("fixed", "auto"):
+        with load(folder, cache_size=4) as llm, Engine(llm, execution="split", schedule=schedule) as engine:  # type: ignore[arg-type]
+            if engine._auto is not None:
+                engine._auto.payoff = Patient()
+            requests = [engine.submit(prompt, params) for prompt in prompts]
+            for _ in range(20):
+                engine.step()
+            languages = [
+                [{token % 2 for token in member.row.token_ids} for member in batch.members]
+                for unit in engine.units
+                for batch in unit.batches
+            ]
+            assert all(len(spoken) == 1 for batch in languages for spoken in batch), "a text mixes languages"
+            together = [set.union(*batch) for batch in languages]
+            assert all(len(spoken) == (1 if schedule == "auto" else 2) for spoken in together)
+            while engine.step():
+                pass
+            uses = sum(map(sum, llm.stats.uses_LE))
+            found[schedule] = (tokens([request.output() for request in requests]), loads(llm), uses)
+    assert found["auto"][0] == found["fixed"][0]
+    assert found["auto"][2] < 0.75 * found["fixed"][2]
+    assert found["auto"][1] < 0.75 * found["fixed"][1]
+
+
+def test_what_moving_costs_decides(tmp_path: Path) -> None:
+    """The same case with experts that cost less to load than a sequence to copy."""
+    folder = two_languages(tmp_path / "languages")
+    prompts = [[40 + 2 * n + n % 2, 60 + n % 2, 80 + n % 2] for n in range(8)]
+    with load(folder, cache_size=4) as llm, auto(llm) as (engine, schedule):
+        schedule.payoff = Patient()
+        schedule.payoff.stepped = lambda *_: setattr(schedule.payoff, "seconds_per_activation", 1e-9)  # type: ignore[method-assign]
+        engine.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))  # type: ignore[arg-type]
+        assert engine.stats.groupings > 5
+        assert engine.stats.regroupings == 0
+
+
+def test_a_payoff_is_measured() -> None:
+    payoff = Payoff()
+    assert payoff.seconds_saved == 0
+    payoff.stepped(2.0, 100)
+    payoff.grouped(10)
+    assert payoff.seconds_saved == pytest.approx(0.2)
+    payoff.stepped(-1.0, 100)  # statistics were reset meanwhile
+    payoff.stepped(0.0, 100)
+    assert payoff.seconds_per_activation == pytest.approx(0.016)
+    payoff.grouped(0)
+    assert payoff.saved_activations == pytest.approx(8)
+    assert payoff.cost_of_moving(2e9) == pytest.approx(1 / 0.016)
+
+
+def test_one_unit_alone_predicts_on_the_critical_path(
+    folders: Callable[[str], Path], alone: Callable[[str], list[list[int]]]
+) -> None:
+    with load(folders("qwen2_moe"), sequences=4) as llm, auto(llm) as (engine, schedule):
+        schedule.payoff = Patient()
+        assert tokens(engine.generate(ALL_PROMPTS, ALL_PARAMS)) == alone("qwen2_moe")
+        stats = engine.stats
+        assert stats.hidden_predict_seconds == stats.hidden_group_seconds == 0
+        assert schedule.pipeline._thread is None
+        assert stats.predict_seconds > 0
+        assert stats.group_seconds > 0
+        assert stats.groupings > 10
+        seconds = stats.predict_seconds + stats.group_seconds + stats.wait_seconds
+        assert 0 < stats.scheduling_share == seconds / stats.step_seconds < 1
+        engine.reset_stats()
+        assert engine.stats.group_seconds == engine.stats.groupings == 0
+
+
+def test_learning_is_done_while_the_next_unit_computes(folders: Callable[[str], Path]) -> None:
+    """In the thread, from every pass that other units follow; alone, before the next step."""
+    threads: dict[bool, set[str]] = {}
+    for units in (1, 2):
+        with load(folders("qwen2_moe"), sequences=4 * units) as llm, auto(llm) as (engine, schedule):
+            schedule.payoff = Patient()
+            engine.generate(PROMPTS[:2], PARAMS[0])
+            predictor: Any = llm.experts.predicting._predictor  # type: ignore[union-attr]
+            heard: list[str] = []
+            learn = predictor.combination.before.learn
+
+            def listening(*args: Any, heard: list[str] = heard, learn: Any = learn) -> None:
+                heard.append(threading.current_thread().name)
+                learn(*args)
+
+            predictor.combination.before.learn = listening
+            requests = [engine.submit(prompt, PARAMS[5]) for prompt in PROMPTS]
+            while all(unit.members for unit in engine.units) or engine.stats.steps < 10:
+                engine.step()
+            in_time = list(heard)
+            for request in requests:
+                request.cancel()
+            engine.step()
+            assert len(in_time) > 10
+            assert schedule.pipeline.stats.left_out == 0
+            threads[units == 2] = set(in_time[-10:])
+    assert threads == {False: {threading.current_thread().name}, True: {"pipeline"}}
+
+
+def test_a_predictor_that_fails_in_the_thread_is_not_asked_again(
+    folders: Callable[[str], Path],
+    alone: Callable[[str], list[list[int]]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with load(folders("qwen2_moe")) as llm, auto(llm) as (engine, schedule):
+        schedule.payoff = Patient()
+        heard: Any = Noise(llm.model)
+        predicting = listen_to(llm.model, heard)
+        foresee, threads = heard.foresee, []
+        about_to_fail, in_pass = threading.Event(), threading.Event()
+
+        def failing(*args: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            if len(threads) == 5:
+                about_to_fail.set()
+                assert in_pass.wait(LONG)
+                raise ArithmeticError("no number")
+            return foresee(*args)
+
+        def during_a_pass(*args: Any) -> None:
+            """It fails in the middle of one, which has begun with a predictor and ends without."""
+            if about_to_fail.is_set() and not in_pass.is_set():
+                begun.append(len(heard.begun))
+                in_pass.set()
+                while predicting.stats.failed is None:
+                    threading.Event().wait(0.001)
+
+        begun: list[int] = []
+        heard.foresee = failing
+        llm.model.get_submodule(llm.experts.moe_layers[0].name).register_forward_pre_hook(during_a_pass)
+        with caplog.at_level(logging.WARNING):
+            assert tokens(engine.generate(ALL_PROMPTS, ALL_PARAMS)) == alone("qwen2_moe")
+        assert len(threads) == 5
+        assert threads[-1] == "pipeline"
+        assert begun == [len(heard.begun)], "it is not asked about the passes after, nor made anew"
+        assert predicting.stats.failed == "ArithmeticError: no number"
+        assert len([record for record in caplog.records if "no number" in record.message]) == 1
+        assert engine.stats.failed == 0
+
+
+def test_a_bug_in_the_thread_surfaces_where_it_steps(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(folders("qwen2_moe")) as llm, auto(llm) as (engine, schedule):
+        schedule.payoff = Patient()
+
+        def broken(*args: Any, **kwargs: Any) -> None:
+            raise ArithmeticError("no number")
+
+        monkeypatch.setattr(auto_schedule, "group", broken)
+        with pytest.raises(RuntimeError, match=r"preparing a step failed.*no number") as raised:
+            engine.generate(ALL_PROMPTS, ALL_PARAMS)
+        assert isinstance(raised.value.__cause__, ArithmeticError)
+        check_at_rest(engine)
+        monkeypatch.undo()
+        assert engine.generate("x", PARAMS[1])
+
+
+def test_sequences_leave_and_join_between_prediction_and_step(
+    folders: Callable[[str], Path], alone: Callable[[str], list[list[int]]]
+) -> None:
+    """After each of many steps, with the next steps of both units prepared: one is cancelled, one submitted."""
+    expected = alone("qwen2_moe")
+    with load(folders("qwen2_moe")) as llm, auto(llm) as (engine, schedule):
+        schedule.payoff = Patient()
+        requests = {engine.submit(PROMPTS[n], PARAMS[n]): n for n in (5, 4, 3, 5, 4, 5, 5)}
+        cancelled = 0
+        for step in range(40):
+            engine.step()
+            if step % 4 == 3 and step < 24:
+                requests[engine.submit(PROMPTS[step % 6], PARAMS[step % 6])] = step % 6
+                victim = next(one for one in requests if not one.done and one.rows[0].token_ids)
+                victim.cancel()
+                cancelled += 1
+        while engine.step():
+            pass
+        found = {request: request.output().outputs[0] for request in requests}
+        assert engine.stats.cancelled == cancelled == 6
+        for request, n in requests.items():
+            answer = found[request].token_ids
+            assert answer == expected[n][: len(answer)]
+            assert request.cancelled or len(answer) == len(expected[n])
+        assert engine.stats.regroupings > 5
+
+
+def test_ctrl_c_and_errors_leave_no_thread_behind(folders: Callable[[str], Path]) -> None:
+    for error in (KeyboardInterrupt(), ArithmeticError("no number")):
+        with load(folders("qwen2_moe")) as llm:
+            with auto(llm) as (engine, schedule):
+                schedule.payoff = Patient()
+                for prompt in PROMPTS:
+                    engine.submit(prompt, PARAMS[5])
+                for _ in range(8):
+                    engine.step()
+                thread = schedule.pipeline._thread
+                assert thread is not None
+
+                def stop(*args: Any, error: BaseException = error) -> None:
+                    raise error
+
+                hook = llm.model.register_forward_pre_hook(stop)
+                if isinstance(error, KeyboardInterrupt):
+                    with pytest.raises(KeyboardInterrupt):
+                        engine.step()
+                else:
+                    engine.step()
+                hook.remove()
+                engine.step()  # the other unit goes on
+            thread.join(LONG)
+            assert not thread.is_alive()
+
+
+def test_spans_of_the_thread_are_on_the_timeline(folders: Callable[[str], Path]) -> None:
+    with load(folders("qwen2_moe")) as llm, auto(llm) as (engine, schedule):
+        schedule.payoff = Patient()
+        llm.timeline = Timeline()
+        engine.generate(ALL_PROMPTS, ALL_PARAMS)
+        spans = llm.timeline.spans
+        assert len([span for span in spans if span.track == "group"]) == engine.stats.groupings > 0
+        hidden = [span for span in spans if span.track == "predict" and span.detail["hidden"]]
+        computed = [span for span in spans if span.track == "compute"]
+        assert any(step.begin < span.begin < step.end for span in hidden for step in computed)
+
+
+def test_what_cannot_be_had_is_refused(folders: Callable[[str], Path]) -> None:
+    with load(folders("qwen2_moe"), predictor="none") as llm:
+        with pytest.raises(ValueError, match=r"predictor='none'.*--predictor online"):
+            Engine(llm, schedule="auto")
+        with pytest.raises(ValueError, match="schedule='best' is unknown; use 'fixed' or 'auto'"):
+            Engine(llm, schedule="best")  # type: ignore[arg-type]
+    with load(folders("qwen2_moe")) as llm, pytest.raises(ValueError, match="give one of them"):
+        Engine(llm, schedule="auto", scheduler=lambda seating: seating.batches)
+    with load(folders("nllb_moe")) as llm, pytest.raises(ValueError, match=r"Nllb.*use schedule='fixed'"):
+        Engine(llm, schedule="auto")
+
+
+def test_with_every_expert_in_memory_nobody_moves(folders: Callable[[str], Path]) -> None:
+    with load(folders("qwen2_moe"), cache_size=8) as llm:
+        assert Engine(llm, schedule="auto", execution="split")._auto is None
+
+
+def test_joint_execution_says_that_it_groups_nothing(
+    folders: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with load(folders("qwen2_moe")) as llm, caplog.at_level(logging.WARNING), auto(llm, execution="joint"):
+        assert "groups nothing with execution='joint'" in caplog.text
+
+
+class _Sitting(NamedTuple):
+    prepared: list[list[int]]
+    batches: list[list[int]]
+    joining: list[int]
+
+
+@st.composite
+def sittings(draw: st.DrawFn) -> _Sitting:
+    """Some of those who were prepared have left, others sit there or join, in a unit of two batches of four."""
+    prepared = draw(st.permutations(range(draw(st.integers(1, 8)))))
+    batches = [list(prepared[:4]), list(prepared[4:])]
+    left = draw(st.sets(st.sampled_from(prepared)))
+    now = [sorted(set(batch) - left) for batch in draw(st.sampled_from([batches, batches[::-1]]))]
+    room = 8 - sum(map(len, now))
+    joining = list(range(100, 100 + draw(st.integers(0, room))))
+    new = draw(st.sets(st.sampled_from(prepared)))
+    batches = [[member for member in batch if member not in new] for batch in batches]
+    return _Sitting([batch for batch in batches if batch], [batch for batch in now if batch], joining)
+
+
+@given(sittings())
+def test_seats_hold_everybody_once(sitting: _Sitting) -> None:
+    class Ready:
+        def take(self, lane: int, worth_seconds: float) -> Prepared:
+            return Prepared(sitting.prepared)  # type: ignore[arg-type]
+
+    schedule: Any = AutoSchedule.__new__(AutoSchedule)
+    schedule.pipeline, schedule.payoff = Ready(), Payoff()
+    found: Sequence[Sequence[int]] = schedule.seats(
+        0, Seating(sitting.batches, sitting.joining, rows=4, num_batches=2, keep_apart=False)
+    )
+    everybody = [member for batch in [*sitting.batches, sitting.joining] for member in batch]
+    assert sorted(member for batch in found for member in batch) == sorted(everybody)
+    assert all(0 < len(batch) <= 4 for batch in found)
+    assert len(found) <= 2
