@@ -85,7 +85,9 @@ class Engine:
         left = settings.held
         while left > 0:
             most = min(left, settings.unit)
-            self._units.append(Unit(llm.model, settings.batch, most, llm.pad_token, scheduler))
+            self._units.append(
+                Unit(llm.model, settings.batch, most, settings.prefill_chunk, llm.pad_token, scheduler)
+            )
             left -= most
         self._turn = 0
         self._requests: dict[int, Submitted] = {}  # by id of each of their rows, those not done
