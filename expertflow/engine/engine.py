@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from expertflow.engine.batch import check_sequences_can_move
+from expertflow.engine.engine_stats import EngineStats
 from expertflow.engine.request import RequestOutput, Row
 from expertflow.engine.sampling import SamplingParams
 from expertflow.engine.submitted import OnText, Submitted
@@ -25,37 +25,6 @@ from expertflow.engine.unit import EXECUTIONS, Execution, Outcome, Scheduler, Un
 
 if TYPE_CHECKING:
     from expertflow.engine.llm import LLM, Prompt
-
-
-@dataclass
-class EngineStats:
-    """Since the start or the last reset."""
-
-    execution: Execution
-    steps: int = 0
-    decode_rows: int = 0  # sequences that got a token in a decode step, over all steps
-    prompt_tokens: int = 0  # of prompts that were read to their end
-    generated_tokens: int = 0
-    finished: int = 0  # requests, by how they ended
-    cancelled: int = 0
-    failed: int = 0
-    regroupings: int = 0  # between steps, in which a scheduler moved a sequence that had a place
-    step_seconds: float = 0.0
-    waiting: int = 0  # answers in the queue now
-    running: int = 0  # answers that hold KV cache now
-
-    @property
-    def rows_per_step(self) -> float:
-        return self.decode_rows / self.steps if self.steps else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of answers, with the time for prompts included."""
-        return self.generated_tokens / self.step_seconds if self.step_seconds else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        more = {"rows_per_step": self.rows_per_step, "tokens_per_second": self.tokens_per_second}
-        return asdict(self) | more
 
 
 class Engine:
