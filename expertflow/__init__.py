@@ -9,15 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from expertflow.engine.engine import Engine
     from expertflow.engine.llm import LLM
     from expertflow.engine.sampling import SamplingParams
     from expertflow.models.attach import ExpertFlowConfig
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "ExpertFlowConfig", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Engine", "ExpertFlowConfig", "SamplingParams", "__version__"]
 
 _HOMES = {
     "LLM": "expertflow.engine.llm",
+    "Engine": "expertflow.engine.engine",
     "SamplingParams": "expertflow.engine.sampling",
     "ExpertFlowConfig": "expertflow.models.attach",
 }

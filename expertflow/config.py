@@ -89,16 +89,11 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        if self.sequences is None:
-            object.__setattr__(self, "sequences", self.batch)
-        if (
-            isinstance(self.sequences, bool)
-            or not isinstance(self.sequences, int)
-            or self.sequences < self.batch
-        ):
+        held = self.held
+        if isinstance(held, bool) or not isinstance(held, int) or held < self.batch:
             raise ValueError(
-                f"sequences={self.sequences!r} must be a whole number of at least batch={self.batch}: what runs "
-                f"together must be held"
+                f"sequences={held!r} must be a whole number of at least batch={self.batch}: what runs together must be "
+                f"held"
             )
         if self.store not in ("disk", "ram"):
             raise ValueError(f"store={self.store!r} is unknown; use 'disk' or 'ram'")
@@ -110,9 +105,8 @@ class Settings:
 
     @property
     def held(self) -> int:
-        """`sequences`, which is never None once it has been checked."""
-        assert self.sequences is not None
-        return self.sequences
+        """`sequences`, or one batch of them."""
+        return self.batch if self.sequences is None else self.sequences
 
     @property
     def unit(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_by_default_one_batch_is_held():
         3,
         TraceSettings.batch,
     )
+    assert replace(Settings(), batch=3).held == 3
     assert (Settings(batch=3, sequences=5).unit, Settings(batch=3, sequences=50).unit) == (5, 6)
 
 

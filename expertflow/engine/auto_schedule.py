@@ -105,7 +105,7 @@ class AutoSchedule:
         there -= {member for batch in seated for member in batch}
         others = [member for batch in seating.batches for member in batch if member in there]
         batches = [batch for batch in seated if batch]
-        return arrival_order(replace(seating, batches=batches, joining=others + seating.joining))
+        return arrival_order(replace(seating, batches=batches, joining=[others, *seating.joining]))
 
     def begins(self, *, alone: bool) -> None:
         """A step begins: what follows is counted for it. alone: no other unit computes after it."""

@@ -13,14 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from expertflow.engine.auto_schedule import SCHEDULES, AutoSchedule, Schedule
 from expertflow.engine.batch import check_sequences_can_move
+from expertflow.engine.engine_stats import EngineStats
 from expertflow.engine.request import RequestOutput, Row
 from expertflow.engine.sampling import SamplingParams
 from expertflow.engine.submitted import OnText, Submitted
@@ -32,53 +32,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EngineStats:
-    """Since the start or the last reset."""
-
-    execution: Execution
-    schedule: Schedule = "fixed"
-    steps: int = 0
-    decode_rows: int = 0  # sequences that got a token in a decode step, over all steps
-    prompt_tokens: int = 0  # of prompts that were read to their end
-    generated_tokens: int = 0
-    finished: int = 0  # requests, by how they ended
-    cancelled: int = 0
-    failed: int = 0
-    regroupings: int = 0  # between steps, in which a scheduler moved a sequence that had a place
-    step_seconds: float = 0.0
-    # Of step_seconds: prediction (with look-ahead, and learning when alone), grouping, waiting for what is late.
-    predict_seconds: float = 0.0
-    group_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    # While another unit computed.
-    hidden_predict_seconds: float = 0.0
-    hidden_group_seconds: float = 0.0
-    groupings: int = 0  # made; `regroupings` were followed
-    late: int = 0  # steps in order of arrival, since nothing was prepared in time
-    waiting: int = 0  # answers in the queue now
-    running: int = 0  # answers that hold KV cache now
-
-    @property
-    def rows_per_step(self) -> float:
-        return self.decode_rows / self.steps if self.steps else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of answers, with the time for prompts included."""
-        return self.generated_tokens / self.step_seconds if self.step_seconds else 0.0
-
-    @property
-    def scheduling_share(self) -> float:
-        """Of the time of steps, what prediction and grouping take of it."""
-        seconds = self.predict_seconds + self.group_seconds + self.wait_seconds
-        return seconds / self.step_seconds if self.step_seconds else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        more = ("rows_per_step", "tokens_per_second", "scheduling_share")
-        return asdict(self) | {name: getattr(self, name) for name in more}
 
 
 class Engine:
@@ -115,7 +68,9 @@ class Engine:
             most = min(left, settings.unit)
             if self._auto is not None:
                 scheduler = partial(self._auto.seats, len(self._units))
-            self._units.append(Unit(llm.model, settings.batch, most, llm.pad_token, scheduler))
+            self._units.append(
+                Unit(llm.model, settings.batch, most, settings.prefill_chunk, llm.pad_token, scheduler)
+            )
             left -= most
         self._turn = 0
         self._requests: dict[int, Submitted] = {}  # by id of each of their rows, those not done

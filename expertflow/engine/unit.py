@@ -1,7 +1,7 @@
 """Units: the batches whose decode steps belong together, and who sits where in them.
 
 A step of a unit runs its batches one after the other (`split`, the plain loop) or side by side, so that they meet at
-each MoE layer and an expert is loaded once for all (`joint`). A chunk of newcomers' prompts runs along with either.
+each MoE layer and an expert is loaded once for all (`joint`). Chunks of newcomers' prompts run along with either.
 Between steps sequences that are done leave, those whose prompt is read take a place, and a scheduler may move others.
 """
 
@@ -29,13 +29,14 @@ EXECUTIONS: tuple[Execution, ...] = ("joint", "split")
 class Seating:
     """What a scheduler is asked about between two steps of a unit.
 
-    batches: who sits together now; those that left are gone already. joining: who needs a place, their prompts read.
+    batches: who sits together now; those that left are gone already. joining: who needs a place, their prompts read;
+    those that read together as one.
     At most `num_batches` batches of at most `rows` sequences. keep_apart: sequences may share a batch only with those
     they began with, since what this model computes depends on the length of the batch.
     """
 
     batches: list[list[LiveSequence]]
-    joining: list[LiveSequence]
+    joining: list[list[LiveSequence]]
     rows: int
     num_batches: int
     keep_apart: bool
@@ -48,13 +49,14 @@ Scheduler = Callable[[Seating], list[list[LiveSequence]]]
 
 def arrival_order(seating: Seating) -> list[list[LiveSequence]]:
     """Everybody stays; newcomers fill the batches in order. The scheduler of `schedule=fixed`."""
+    if seating.keep_apart:
+        return [*seating.batches, *seating.joining]
     batches = [list(batch) for batch in seating.batches]
-    joining = list(seating.joining)
-    if not seating.keep_apart:
-        for batch in batches:
-            room = seating.rows - len(batch)
-            batch += joining[:room]
-            joining = joining[room:]
+    joining = [member for group in seating.joining for member in group]
+    for batch in batches:
+        room = seating.rows - len(batch)
+        batch += joining[:room]
+        joining = joining[room:]
     while joining:
         batches.append(joining[: seating.rows])
         joining = joining[seating.rows :]
@@ -76,34 +78,37 @@ class Unit:
         model: GenerativeModel,
         rows: int,
         most: int,
+        chunk: int,
         pad_token: int,
         scheduler: Scheduler = arrival_order,
     ):
+        """chunk: tokens of a prompt that run at once, as the model was loaded for."""
         self._model = model
         self._pad_token = pad_token
         self.scheduler = scheduler
-        self.rows, self.most = rows, most
+        self.rows, self.most, self._chunk = rows, most, chunk
         self.num_batches = -(-most // rows)
         self.keep_apart = positions_follow_cache(model)
         self._seq2seq: bool = model.config.is_encoder_decoder
         self.batches: list[Batch] = []
-        self.prefill: Prefill | None = None
+        self.prefills: list[Prefill] = []  # groups of newcomers: a long prompt does not hold up a short one
         self.regroupings = 0  # in which a scheduler moved somebody who had a place
 
     @property
     def members(self) -> list[Row]:
         """All rows that hold memory here."""
-        reading = self.prefill.rows if self.prefill is not None else []
-        return [member.row for batch in self.batches for member in batch.members] + reading
+        return [member.row for batch in self.batches for member in batch.members] + self._reading
+
+    @property
+    def _reading(self) -> list[Row]:
+        return [row for prefill in self.prefills for row in prefill.rows]
 
     def room(self, waiting: Sequence[Row]) -> int:
-        """How many of the first of those that wait may join now; one group of newcomers is read at a time."""
-        if self.prefill is not None or not waiting:
-            return 0
-        most = min(self.most - len(self.members), self.rows, len(waiting))
-        if not self.keep_apart:
+        """How many of the first of those that wait may join now. No more prompts are read at once than a batch has."""
+        most = min(self.most - len(self.members), self.rows - len(self._reading), len(waiting))
+        if not self.keep_apart or not most:
             return most
-        if len(self.batches) == self.num_batches:
+        if len(self.batches) + len(self.prefills) == self.num_batches:
             return 0
         # Padding counts as length. What an encoder reads may be padded: its decoder begins with one token for all.
         first = len(waiting[0].prompt_ids)
@@ -111,25 +116,27 @@ class Unit:
         return sum(1 for _ in alike)
 
     def admit(self, rows: Sequence[Row]) -> None:
-        """Have these read their prompts, from the next step on. Not more than there is `room` for."""
-        assert self.prefill is None, "one group of newcomers at a time"
-        self.prefill = Prefill(self._model, rows, self._pad_token)
+        """Have these read their prompts, from the next step on. Not more than there is `room` for.
+
+        Those of as many chunks read together: a short prompt is not padded to a long one, nor does it wait for it.
+        """
+        groups: dict[int, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(-(-len(row.prompt_ids) // self._chunk), []).append(row)
+        self.prefills += [Prefill(self._model, group, self._pad_token) for group in groups.values()]
 
     def step(self, execution: Execution) -> list[Outcome]:
-        """One forward pass of every batch, and one chunk of the newcomers' prompts.
+        """One forward pass of every batch, and of the next chunk of every group of newcomers.
 
         After an error the KV caches are in no known state: `clear` the unit.
         """
         passes: list[Callable[[], Tensor | None]] = [batch.decode for batch in self.batches]
-        if self.prefill is not None:
-            passes.append(self.prefill.advance)
+        passes += [prefill.advance for prefill in self.prefills]
         if execution == "joint" and len(passes) > 1:
             found = run_together(passes)
         else:
             found = [run() for run in passes]
-        members = [batch.members for batch in self.batches]
-        if self.prefill is not None:
-            members.append(self.prefill.members)
+        members = [batch.members for batch in self.batches] + [prefill.members for prefill in self.prefills]
         return [
             Outcome(member, logits_V)
             for together, logits_BV in zip(members, found, strict=True)
@@ -139,30 +146,28 @@ class Unit:
 
     def settle(self) -> None:
         """Between two steps: those that are done leave, those whose prompt is read take their places."""
-        if self.prefill is not None:
-            self.prefill.drop()
-            if not self.prefill.rows:
-                self.prefill = None
-        old = list(self.batches)
-        joining: list[LiveSequence] = []
-        if self.prefill is not None and self.prefill.finished:
-            joining = [member for member in self.prefill.members if member.alive]
-            if joining:
-                old.append(self.prefill.batch())
-            self.prefill = None
+        for prefill in self.prefills:
+            prefill.drop()
+        read = [prefill for prefill in self.prefills if prefill.finished]
+        self.prefills = [prefill for prefill in self.prefills if prefill.rows and not prefill.finished]
+        read = [prefill for prefill in read if any(member.alive for member in prefill.members)]
+        joining = [[member for member in prefill.members if member.alive] for prefill in read]
+        old = [*self.batches, *(prefill.batch() for prefill in read)]
         seated = [[member for member in batch.members if member.alive] for batch in self.batches]
         self._seat(old, self._ask([batch for batch in seated if batch], joining))
 
     def clear(self) -> None:
         """Forget everybody."""
-        self.batches, self.prefill = [], None
+        self.batches, self.prefills = [], []
 
-    def _ask(self, seated: list[list[LiveSequence]], joining: list[LiveSequence]) -> list[list[LiveSequence]]:
+    def _ask(
+        self, seated: list[list[LiveSequence]], joining: list[list[LiveSequence]]
+    ) -> list[list[LiveSequence]]:
         if not seated and not joining:
             return []
         seating = Seating(seated, joining, self.rows, self.num_batches, self.keep_apart)
         wanted = self.scheduler(seating)
-        asked = [member for batch in seated for member in batch] + joining
+        asked = [member for batch in [*seated, *joining] for member in batch]
         named = [member for batch in wanted for member in batch]
         if len(named) != len(asked) or set(named) != set(asked):
             raise ValueError(f"the scheduler seated {len(named)} sequences where there are {len(asked)}")

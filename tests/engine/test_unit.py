@@ -20,7 +20,7 @@ def unit_of(family: str, **more: Any) -> Unit:
     fields = {**FAMILIES[family].config, **more}
     with torch.device("meta"):
         model = FAMILIES[family].auto_class.from_config(AutoConfig.for_model(**fields))
-    return Unit(model, rows=3, most=5, pad_token=0)
+    return Unit(model, rows=3, most=5, chunk=10, pad_token=0)
 
 
 def waiting(*lengths: int) -> list[Any]:
@@ -48,7 +48,10 @@ def test_how_many_may_join(family: str, more: dict[str, Any], lengths: list[int]
     assert unit.room(waiting(*lengths)) == expected
     if expected:
         unit.admit(waiting(*lengths)[:expected])
-        assert unit.room(waiting(*lengths)) == 0, "one group is read at a time"
+        left = 3 - expected if not unit.keep_apart else min(3 - expected, 2)
+        assert unit.room(waiting(*lengths)) == min(left, len(lengths)), (
+            "a batch's worth of prompts is read at once"
+        )
 
 
 @pytest.mark.parametrize(("family", "expected"), [("qwen2_moe", 2), ("nllb_moe", 0)])
@@ -59,13 +62,21 @@ def test_models_that_count_the_batchs_length_wait_for_an_empty_batch(family: str
     assert unit.room(waiting(4, 4, 4)) == expected
 
 
+def test_prompts_of_as_many_chunks_are_read_together() -> None:
+    unit = unit_of("qwen2_moe")
+    long, short, longer = waiting(18, 4, 20)
+    unit.admit([long, short, longer])
+    assert [prefill.rows for prefill in unit.prefills] == [[long, longer], [short]]
+    assert unit.members == [long, longer, short]
+
+
 def test_arrival_order_fills_batches_and_moves_nobody() -> None:
     a, b, c, d, e = (SimpleNamespace(name=name) for name in "abcde")
     batches: Any = [[a, b], [c]]
-    joining: Any = [d, e]
+    joining: Any = [[d], [e]]
     assert arrival_order(Seating(batches, joining, 3, 2, False)) == [[a, b, d], [c, e]]
-    assert arrival_order(Seating(batches[:1], joining, 3, 2, True)) == [[a, b], [d, e]]
-    assert arrival_order(Seating([], joining, 1, 2, False)) == [[d], [e]]
+    assert arrival_order(Seating(batches[:1], joining, 3, 2, True)) == [[a, b], [d], [e]]
+    assert arrival_order(Seating([], [[d, e]], 1, 2, False)) == [[d], [e]]
     assert batches == [[a, b], [c]], "what was asked about is not changed"
 
 
