@@ -446,7 +446,7 @@ def test_seats_hold_everybody_once(sitting: _Sitting) -> None:
     schedule: Any = AutoSchedule.__new__(AutoSchedule)
     schedule.pipeline, schedule.payoff = Ready(), Payoff()
     found: Sequence[Sequence[int]] = schedule.seats(
-        0, Seating(sitting.batches, sitting.joining, rows=4, num_batches=2, keep_apart=False)
+        0, Seating(sitting.batches, [sitting.joining], rows=4, num_batches=2, keep_apart=False)
     )
     everybody = [member for batch in [*sitting.batches, sitting.joining] for member in batch]
     assert sorted(member for batch in found for member in batch) == sorted(everybody)
