@@ -4,6 +4,8 @@ It is not installed by anything here: build it (the sources are inside the sdist
 its folder with `--llama-cpp`:
 
     cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build --target llama-bench
+
+Its converter needs the packages that its requirements name (gguf lies in the tree).
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from benchmarks.common import memory_limit
 
 # Checkpoints with random weights have no tokenizer, and speed does not depend on one.
 _CONVERT = """
-import runpy, sys
+import sys
 sys.path[:0] = [{tree!r}, {tree!r} + "/gguf-py"]
 import convert_hf_to_gguf as tool
-tool.TextModel._set_vocab_gpt2 = tool.TextModel._set_vocab_none
+def no_vocabulary(self):
+    self._set_vocab_none()
+    self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
+tool.TextModel._set_vocab_gpt2 = no_vocabulary
 sys.argv = ["convert_hf_to_gguf.py", {folder!r}, "--outtype", "bf16", "--outfile", {out!r}]
 tool.main()
 """
