@@ -721,6 +721,10 @@ def batch(
     _check_can_write(stats_json, None, timeline)
     checked = BatchSettings(**settings)
     SamplingParams(**sampling)
+    if not requests.is_file():
+        raise FileNotFoundError(
+            f"{requests} is no file; give one with a request in each line, as --help says"
+        )
     if requests.absolute() == results.absolute():
         raise ValueError(f"{results} is the file of requests; give another name to the results")
     from expertflow.engine.auto_schedule import SCHEDULES
