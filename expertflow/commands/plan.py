@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from expertflow.commands.flags import SETTING_HELP, ModelArgument, RevisionOption, takes
-from expertflow.commands.session import quiet_unless_terminal, stderr
+from expertflow.commands.session import quiet_unless_terminal, stderr, stdout
 from expertflow.config import Settings
 
 
@@ -79,13 +79,11 @@ def measure(
             f"-o {output}: a profile is a .json file in a folder that exists; write for example -o mine.json"
         )
     quiet_unless_terminal()
-    from rich.console import Console
-
     from expertflow.machine_profile import profile_machine, save_profile, table
 
     with stderr().status("") as status:
         found = profile_machine(model, store, link, status.update)
-    Console().print(table(found))
+    stdout().print(table(found))
     if found.disturbance.disturbed:
         typer.echo(f"not to be trusted: {found.disturbance}; measure again on a quiet machine", err=True)
     if output is not None:

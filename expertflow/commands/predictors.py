@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expertflow.commands.flags import takes
-from expertflow.commands.session import load, stderr
+from expertflow.commands.session import load, stderr, stdout
 from expertflow.predictor.sizes import PredictorSizes, TrainSettings
 
 if TYPE_CHECKING:
@@ -118,8 +118,6 @@ def eval_predictor(
 
       expertflow eval-predictor rpp --traces traces/chat --traces traces/math --fitted-on chat -o evaluation
     """
-    from rich.console import Console
-
     from expertflow.config import parse_bytes
     from expertflow.predictor import report
     from expertflow.predictor.evaluate import Conditions, evaluate
@@ -138,7 +136,7 @@ def eval_predictor(
     counted = fitted_on or sorted({s.task for s in sequences if s.split == "train"})
     with _hidden(model, meta, sequences, counted, gate_tokens) as hidden, stderr().status("") as status:
         found = evaluate(meta, sequences, loaded, counted, task or None, conditions, hidden, status.update)
-    console = Console()
+    console = stdout()
     for table in report.tables(found, size):
         console.print(table)
     if (ranking := report.next_use_table(found)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from expertflow.engine.engine import Engine
     from expertflow.engine.llm import LLM
+
+
+_PIPE_WIDTH = 200
 
 
 def load(model: str, revision: str | None, settings: dict[str, Any]) -> LLM:
@@ -133,6 +137,13 @@ def print_tables(found: dict[str, Any], console: Console) -> None:
 
     for table in tables(found):
         console.print(table)
+
+
+def stdout() -> Console:
+    """For tables. A file or a pipe has no width, so nothing is cut off there."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
 
 
 def stderr() -> Console:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from expertflow.commands.flags import takes
-from expertflow.commands.session import stderr
+from expertflow.commands.session import stderr, stdout
 
 
 @takes()
@@ -82,8 +82,6 @@ def simulate(
     """
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from expertflow.config import parse_bytes
     from expertflow.predictor.report import save_json
     from expertflow.sim import report
@@ -108,7 +106,7 @@ def simulate(
     with stderr().status("") as status:
         foretold = foretell_all(recording, trace, split, predictor or ["online"], warm, status.update)
         rows = compare(foretold, conditions, status.update)
-    console = Console()
+    console = stdout()
     for table in report.tables(rows, stands_for):
         console.print(table)
     stderr().print(report.LEGEND)

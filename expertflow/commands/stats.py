@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from expertflow.commands.flags import takes
-from expertflow.commands.session import print_tables
+from expertflow.commands.session import print_tables, stdout
 
 
 @takes()
@@ -26,11 +26,9 @@ def stats(
 
       expertflow stats run.json --heatmap run.png
     """
-    from rich.console import Console
-
     from expertflow import report
 
     found = report.load_json(file)
-    print_tables(found, Console())
+    print_tables(found, stdout())
     if heatmap is not None:
         report.save_heatmap(found, heatmap)

@@ -167,6 +167,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     assert done.exit_code == 0, done.output
     assert "no published model has this shape" in " ".join(done.stdout.split())
     assert "belady-prefetch" in done.stdout
+    assert "…" not in done.stdout, "into a pipe a table is as wide as it needs to be"
     found = json.loads(out.read_text())
     assert {row["cache_size"] for row in found["rows"]} == {4, 8}
     assert {row["policy"] for row in found["rows"]} >= {"lru", "lfu", "plec", "belady"}
