@@ -1,4 +1,4 @@
-"""Requests made from the server's own schema, right ones and wrong ones: none gets a 500, all answers fit the schema."""
+"""Requests made from the server's own schema, right ones and wrong ones: no 500, and all answers fit the schema."""
 
 from __future__ import annotations
 
