@@ -117,7 +117,7 @@ def connect_slowly(server: Running) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.settimeout(WAIT_SECONDS)
     sock.connect(("127.0.0.1", server.port))
-    wanted = LONG | {"stream": True, "logprobs": 20, "n": 8, "temperature": 1.0, "seed": 1}
+    wanted = LONG | {"max_tokens": 60, "stream": True, "logprobs": 20, "n": 4, "temperature": 1.0, "seed": 1}
     body = json.dumps(wanted).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     sock.sendall(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
@@ -133,7 +133,7 @@ def test_a_slow_reader_holds_nobody_up_and_loses_nothing(llm: LLM) -> None:
 def check_slow_reader(served: Running) -> None:
     before = served.driver.engine.stats.finished
     with connect_slowly(served) as sock:
-        until(lambda: served.driver.outstanding >= 8)
+        until(lambda: served.driver.outstanding >= 4)
         for _ in range(3):
             assert served.complete(max_tokens=4).status == 200
         until(lambda: served.driver.outstanding == 0)
@@ -142,11 +142,11 @@ def check_slow_reader(served: Running) -> None:
         received = b""
         while part := sock.recv(65536):
             received += part
-    assert len(received) > 400_000, "it may have fitted into the buffers: the test sees nothing"
+    assert len(received) > 180_000, "it may have fitted into the buffers: the test sees nothing"
     assert received.endswith(b"0\r\n\r\n"), "the stream ended as it should"
-    params = SamplingParams(temperature=1.0, seed=1, n=8, max_tokens=100, ignore_eos=True)
+    params = SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=60, ignore_eos=True)
     (output,) = served.llm.generate("Hello", params)
-    texts = [""] * 8
+    texts = [""] * 4
     for line in received.split(b"\n"):
         if line.startswith(b"data: {"):
             for choice in json.loads(line[6:])["choices"]:
