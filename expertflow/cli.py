@@ -17,6 +17,7 @@ from expertflow.commands.check import check, demo
 from expertflow.commands.plan import measure, plan
 from expertflow.commands.predictors import eval_predictor, train_predictor
 from expertflow.commands.run import run
+from expertflow.commands.serve import serve
 from expertflow.commands.simulate import simulate
 from expertflow.commands.stats import stats
 from expertflow.commands.trace import trace
@@ -45,6 +46,7 @@ MODEL is a folder or a model of the Hugging Face hub, such as Qwen/Qwen1.5-MoE-A
 for command in (
     plan,
     run,
+    serve,
     batch,
     check,
     stats,
