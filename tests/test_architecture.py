@@ -39,6 +39,7 @@ BELOW["check"] = {*BELOW} - {"predictor", "scheduler", "sim", "forecast"}
 BELOW["report"] = {"core", "config", "budget", "engine"}
 BELOW["machine_profile"] = {"config", "disturbance", "forecast", "measure", "sim", "step_time"}
 BELOW["server"] = {*BELOW}
+BELOW["commands"] = {*BELOW}
 BELOW["cli"] = {*BELOW}
 
 # Decisions: the simulator runs these very files with a virtual clock.

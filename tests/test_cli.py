@@ -376,7 +376,7 @@ def test_batch_settings_reach_the_model(
         seen.append(settings)
         raise ValueError("seen")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr("expertflow.commands.batch.load", load)
     batch(folder, ["a"], tmp_path, "--batch-size", 3, "--predictor", "online")
     batch(folder, ["a"], tmp_path, "--sequences", 40)
     assert [(s["batch"], s["sequences"]) for s in seen] == [(3, 6), (8, 40)]

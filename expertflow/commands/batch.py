@@ -1,0 +1,144 @@
+"""`expertflow batch`: a file of requests, answered many at once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from expertflow.commands.flags import DEFAULT_MAX_TOKENS, RevisionOption, TimelineOption, takes
+from expertflow.commands.session import (
+    check_can_write,
+    load,
+    progress_bar,
+    report_run,
+    sampling_params,
+    saved_timeline,
+)
+from expertflow.config import BatchSettings
+from expertflow.engine.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from expertflow.engine.batch_run import BatchProgress
+
+
+@takes(settings=BatchSettings, sampling=SamplingParams)
+def batch(
+    requests: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="a request in each line")],
+    results: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", help="a result in each line, as they finish")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="a folder, or owner/name on the Hugging Face hub"
+        ),
+    ],
+    settings: dict[str, Any],
+    sampling: dict[str, Any],
+    execution: Annotated[
+        str,
+        typer.Option(
+            metavar="joint|split",
+            help="the batches of a unit side by side, sharing experts, or one after the other",
+        ),
+    ] = "joint",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            metavar="fixed|auto",
+            help="seat sequences in order of arrival, or those together whose predicted experts are alike (with "
+            "--execution split and a --predictor)",
+        ),
+    ] = "fixed",
+    revision: RevisionOption = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="print statistics and the memory plan at the end")
+    ] = False,
+    stats_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="save the statistics as JSON")
+    ] = None,
+    timeline: TimelineOption = None,
+) -> None:
+    """Answer a file of prompts, many at once.
+
+    A line is {"prompt": ...} or {"messages": [...]}, with "id" and sampling parameters where wanted, or a request of
+    OpenAI's batch format. Results come in the order in which they finish. A run that was killed continues when the
+    same command is given again. Leaves with 1 when lines failed: their results say why.
+
+    [bold]Examples[/bold]
+
+      expertflow batch prompts.jsonl answers.jsonl --model ./mixtral --memory 20GiB --batch-size 16
+
+      expertflow batch openai.jsonl out.jsonl -m ./qwen-chat --memory 6GiB --max-tokens 200 --temperature 0
+    """
+    check_can_write(stats_json, None, timeline)
+    checked = BatchSettings(**settings)
+    SamplingParams(**sampling)
+    if not requests.is_file():
+        raise FileNotFoundError(
+            f"{requests} is no file; give one with a request in each line, as --help says"
+        )
+    if requests.absolute() == results.absolute():
+        raise ValueError(f"{results} is the file of requests; give another name to the results")
+    from expertflow.engine.auto_schedule import SCHEDULES
+    from expertflow.engine.batch_results import BatchResults
+    from expertflow.engine.batch_run import BatchRun, sha256_of
+    from expertflow.engine.unit import EXECUTIONS
+
+    if execution not in EXECUTIONS:
+        raise ValueError(f"--execution {execution}: use {' or '.join(EXECUTIONS)}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"--schedule {schedule}: use {' or '.join(SCHEDULES)}")
+    if schedule == "auto" and checked.predictor == "none":
+        raise ValueError(
+            "--schedule auto groups by predicted experts; add --predictor online, or a trained one"
+        )
+    given = {"input_sha256": sha256_of(requests), "model": model, "revision": revision, "sampling": sampling}
+    settings = {**settings, "batch": checked.batch, "sequences": checked.sequences}
+    with (
+        BatchResults(results, given) as kept,
+        load(model, revision, settings) as llm,
+        saved_timeline(llm, timeline),
+    ):
+        from expertflow.engine.engine import Engine
+
+        default_tokens = None if "max_tokens" in sampling else DEFAULT_MAX_TOKENS
+        with Engine(llm, execution=execution, schedule=schedule) as engine, _answering() as progress:
+            run = BatchRun(llm, engine, requests, kept, sampling_params(llm, sampling), default_tokens)
+            try:
+                run.run(progress)
+            except KeyboardInterrupt:
+                typer.echo(
+                    f"{run.state.done} of {run.state.total} lines done; the same command continues", err=True
+                )
+                raise
+        report_run(llm, stats, stats_json, None, engine)
+    state = run.state
+    typer.echo(
+        f"{results}: {state.total} lines, {state.answered_now} answered now with {state.tokens_now} tokens, "
+        f"{engine.stats.tokens_per_second:.3g} tokens/s"
+        + (f"; {state.failed} failed, their results say why" if state.failed else ""),
+        err=True,
+    )
+    if state.failed:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[Callable[[BatchProgress], None]]:
+    """A bar of lines, with tokens per second."""
+    started = time.perf_counter()
+    with progress_bar("answering") as show:
+
+        def tell(state: BatchProgress) -> None:
+            speed = f"{state.tokens_now / (time.perf_counter() - started):.3g} tokens/s"
+            if state.failed:
+                speed += f", {state.failed} failed"
+            show(state.done, state.total, speed)
+
+        yield tell

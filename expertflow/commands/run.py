@@ -1,0 +1,155 @@
+"""`expertflow run`: text, or a conversation, streamed to stdout."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from expertflow.commands.flags import ModelArgument, RevisionOption, TimelineOption, takes
+from expertflow.commands.session import (
+    check_can_write,
+    load,
+    report_run,
+    sampling_params,
+    saved_timeline,
+    write_answer,
+)
+from expertflow.config import Settings
+from expertflow.engine.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from expertflow.engine.llm import LLM
+
+
+@takes(settings=Settings, sampling=SamplingParams)
+def run(
+    model: ModelArgument,
+    settings: dict[str, Any],
+    sampling: dict[str, Any],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="text to continue; without it --file, or stdin")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="read the prompt from this file")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="a conversation, by the model's chat template")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="system message of the conversation")
+    ] = None,
+    revision: RevisionOption = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="print statistics and the memory plan at the end")
+    ] = False,
+    stats_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="save the statistics as JSON")
+    ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="draw how often each expert was used and read")
+    ] = None,
+    timeline: TimelineOption = None,
+) -> None:
+    """Generate text with a model that is larger than its memory budget.
+
+    The text goes to stdout as it is written, everything else to stderr.
+
+    [bold]Examples[/bold]
+
+      expertflow run Qwen/Qwen1.5-MoE-A2.7B "Once upon a time" --memory 6GiB
+
+      expertflow run ./mixtral --memory 20GiB --file question.txt --temperature 0.7 --seed 1 > answer.txt
+
+      expertflow run ./qwen-chat --memory 6GiB --chat
+
+      expertflow run ./qwen --cache-size 8 "Hello" --stats --heatmap experts.png
+    """
+    if system is not None and not chat:
+        raise ValueError("--system is the first message of a conversation; add --chat, or leave it out")
+    check_can_write(stats_json, heatmap, timeline)
+    SamplingParams(**sampling)  # before seconds of loading
+    text = _read_prompt(prompt, file, chat)
+    with load(model, revision, settings) as llm, saved_timeline(llm, timeline):
+        params = sampling_params(llm, sampling)
+        length_given = "max_tokens" in sampling
+        try:
+            if chat:
+                _converse(llm, params, text, system, length_given)
+            else:
+                assert text is not None, "without --chat there is a prompt"
+                write_answer(llm, text, params, length_given)
+        finally:
+            report_run(llm, stats, stats_json, heatmap)
+
+
+def _read_prompt(prompt: str | None, file: Path | None, chat: bool) -> str | None:
+    """None only in a conversation, whose turns are then read one by one."""
+    if prompt is not None and file is not None:
+        raise ValueError("a prompt and --file were both given; give one of them")
+    if file is not None:
+        return file.read_text(encoding="utf-8")
+    if prompt is not None or chat:
+        return prompt
+    if sys.stdin.isatty():
+        raise ValueError(
+            "no prompt: give it as an argument, with --file, or on stdin; or --chat for a conversation"
+        )
+    return sys.stdin.read()
+
+
+def _converse(
+    llm: LLM, params: SamplingParams, first: str | None, system: str | None, length_given: bool
+) -> None:
+    """Turns until end of input. On a terminal Ctrl-C stops an answer, and leaves at the prompt."""
+    start = [{"role": "system", "content": system}] if system is not None else []
+    llm.encode_chat([*start, {"role": "user", "content": ""}])  # no template is an error before any waiting
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        typer.echo("Ctrl-D leaves, Ctrl-C stops an answer, /clear starts over.", err=True)
+    messages = list(start)
+    turns = iter(functools.partial(_read_turn, interactive), None)
+    if first is not None:
+        turns = iter([first]) if not interactive and sys.stdin.isatty() else _chain(first, turns)
+    for turn in turns:
+        if turn.strip() == "/clear":
+            messages = list(start)
+            continue
+        if not turn.strip():
+            continue
+        messages.append({"role": "user", "content": turn})
+        try:
+            answer = write_answer(llm, llm.encode_chat(messages), params, length_given)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            messages.pop()
+            continue
+        except ValueError as error:  # the conversation outgrew the context
+            if not interactive:
+                raise
+            typer.echo(f"error: {error}; /clear starts over", err=True)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _read_turn(interactive: bool) -> str | None:
+    """One line of the user's, None at the end of input."""
+    if not interactive:
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    import readline  # noqa: F401  # gives input() history and editing
+
+    try:
+        return input("> ")
+    except EOFError:
+        typer.echo()
+        return None

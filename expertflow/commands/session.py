@@ -1,0 +1,162 @@
+"""What commands that run a model share: loading it, sampling as its checkpoint recommends, streaming, reporting."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertflow.commands.flags import DEFAULT_MAX_TOKENS
+from expertflow.config import Settings
+from expertflow.engine.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from expertflow.engine.engine import Engine
+    from expertflow.engine.llm import LLM
+
+
+def load(model: str, revision: str | None, settings: dict[str, Any]) -> LLM:
+    Settings(**settings)  # wrong values are reported before seconds of imports
+    quiet_unless_terminal()
+    from expertflow.read_ahead import read_early
+
+    read_early(Path(model).expanduser())  # before the imports: they take as long as reading
+    from expertflow.engine.llm import LLM
+
+    return LLM(model, revision=revision, **settings)
+
+
+def quiet_unless_terminal() -> None:
+    """Progress bars of downloads and of loading are for people who watch."""
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging
+
+        disable_progress_bars()
+        logging.disable_progress_bar()
+
+
+def sampling_params(llm: LLM, given: dict[str, Any]) -> SamplingParams:
+    """The checkpoint's recommendation, changed by what was given."""
+    recommended = replace(llm.get_default_sampling_params(), max_tokens=DEFAULT_MAX_TOKENS)
+    if (
+        recommended.temperature == 0
+        and "temperature" not in given
+        and given.keys()
+        & {
+            "top_p",
+            "top_k",
+            "min_p",
+            "seed",
+        }
+    ):
+        # Whoever asks for a kind of randomness wants some.
+        given = {"temperature": 1.0, **given}
+    return replace(recommended, **given)
+
+
+def write_answer(llm: LLM, prompt: str | list[int], params: SamplingParams, length_given: bool) -> str:
+    """Stream an answer to stdout; returns it."""
+    if not length_given:
+        ids = prompt if isinstance(prompt, list) else list(llm.tokenizer(prompt).input_ids)
+        room = llm.context - len(ids)
+        if room > 0:
+            params = replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room))
+    pieces = []
+    stream = llm.stream(prompt, params)
+    try:
+        for piece in stream:
+            pieces.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not sys.stdout.isatty():
+            raise
+        sys.stdout.write("\n")
+        raise
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return "".join(pieces)
+
+
+def check_can_write(stats_json: Path | None, heatmap: Path | None, timeline: Path | None) -> None:
+    """Before seconds of loading and minutes of running."""
+    for path in (stats_json, heatmap, timeline):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"{path.absolute().parent} does not exist, so {path.name} cannot be written there"
+            )
+    if heatmap is not None or (timeline is not None and timeline.suffix != ".json"):
+        from expertflow.report import require_matplotlib
+
+        require_matplotlib()
+
+
+@contextlib.contextmanager
+def saved_timeline(llm: LLM, path: Path | None) -> Iterator[None]:
+    """Save what ran in this block, also when it was interrupted."""
+    if path is None:
+        yield
+        return
+    from expertflow.timeline import Timeline
+
+    llm.timeline = timeline = Timeline()
+    try:
+        yield
+    finally:
+        timeline.save(path)
+
+
+def report_run(
+    llm: LLM, stats: bool, stats_json: Path | None, heatmap: Path | None, engine: Engine | None = None
+) -> None:
+    if not (stats or stats_json or heatmap):
+        return
+    from expertflow import report
+
+    found = report.collect(llm, engine)
+    if stats:
+        print_tables(found, stderr())
+    if stats_json is not None:
+        report.save_json(found, stats_json)
+    if heatmap is not None:
+        report.save_heatmap(found, heatmap)
+
+
+def print_tables(found: dict[str, Any], console: Console) -> None:
+    from expertflow.report import tables
+
+    for table in tables(found):
+        console.print(table)
+
+
+def stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress_bar(doing: str) -> Iterator[Callable[..., None]]:
+    """On terminals a bar, told (done, total) and, where there is one, a word on the speed; elsewhere nothing."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=stderr(), disable=not sys.stderr.isatty()) as bar:
+        shown = bar.add_task(doing, total=None, speed="")
+
+        def show(done: int, total: int, speed: str = "") -> None:
+            bar.update(shown, completed=done, total=total, speed=speed)
+
+        yield show
