@@ -3,6 +3,7 @@
 import { ServerError, events, request } from "./api.js";
 import { digits, plural, seconds } from "./words.js";
 
+const CONTINUED_TOKENS = 256; // a text without a chat's end goes on for ever; the API's own default is 16
 const FIELDS = { temperature: Number, top_p: Number, max_tokens: Number, seed: Number };
 
 export class Chat {
@@ -35,8 +36,8 @@ export class Chat {
     const about = model.expertflow ?? {};
     this.model = model.id;
     this.chats = about.chat !== false;
-    this.context = about.context ?? null;
     this.root.querySelector("#system-field").hidden = !this.chats;
+    this.root.querySelector("#max_tokens").placeholder = this.chats ? "to the end" : CONTINUED_TOKENS;
     this.root.querySelector("#prompt-label").textContent = this.chats ? "Message" : "Text to continue";
     this.root.querySelector("#hint").textContent = this.chats
       ? "Ask something, and watch which experts it takes."
@@ -108,7 +109,7 @@ export class Chat {
       const { value } = this.root.querySelector(`#${name}`);
       if (value !== "") body[name] = parse(value);
     }
-    if (!this.chats) return ["v1/completions", { ...body, prompt: messages.at(-1).content }];
+    if (!this.chats) return ["v1/completions", { max_tokens: CONTINUED_TOKENS, ...body, prompt: messages.at(-1).content }];
     const system = this.root.querySelector("#system").value;
     const start = system ? [{ role: "system", content: system }] : [];
     return ["v1/chat/completions", { ...body, messages: [...start, ...messages] }];

@@ -29,7 +29,9 @@ themeButton(find("theme"), () => {
   steps.restyle();
 });
 for (const choice of document.getElementsByName("view")) choice.addEventListener("change", () => map.show(choice.value));
-find("key-form").addEventListener("submit", () => {
+find("key-form").addEventListener("submit", (event) => {
+  event.preventDefault(); // the page may send no forms
+  find("key-dialog").close();
   rememberKey(find("key").value);
   find("key").value = "";
   start();
