@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,test,bench]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,serve,test,bench]"
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -22,7 +22,7 @@ from expertflow.cache.plan import Action, CachePlan, Cancel, Load, Promote
 from expertflow.cache.policies import POLICIES, Forecast
 from expertflow.cache.policies.base import probabilities
 from expertflow.cache.slots import SlotTable
-from expertflow.cache.stats import CacheStats
+from expertflow.cache.stats import CacheStats, Observed, Traffic
 from expertflow.core import ExpertId, MoEShape
 from expertflow.store.layout import tensors
 from expertflow.store.protocol import ExpertStore
@@ -98,6 +98,25 @@ class ExpertCache:
         with self._condition:
             self._catch_up()
         return self._stats
+
+    @property
+    def usable(self) -> bool:
+        """Whether a layer could be opened: neither closed, nor interrupted in a change, nor without its loader."""
+        return not (self._closed or self._broken or self._loader.died_of)
+
+    def observe(self) -> Observed:
+        """Who is in fast memory at this moment, and the counters of it. Holds up a layer for as long as copies take."""
+        with self._condition:
+            self._catch_up()
+            stats, ready, residents = self._stats.copied(), set(self.table.ready), set(self.table.residents)
+        return Observed(stats, residents - ready, ready)
+
+    def traffic(self) -> Traffic:
+        """Cheap enough for every step: no lock, and no catching up with `open_ready`, which moves nothing."""
+        layers = self._stats.layers
+        return Traffic(
+            sum(layer.bytes_read for layer in layers), sum(layer.stall_seconds for layer in layers)
+        )
 
     @property
     def timeline(self) -> Timeline | None:

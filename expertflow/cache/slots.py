@@ -35,6 +35,11 @@ class SlotTable:
         return expert in self._ready
 
     @property
+    def ready(self) -> Set[ExpertId]:
+        """Every expert whose bytes are whole. A live view, as `evictable`."""
+        return self._ready
+
+    @property
     def residents(self) -> Set[ExpertId]:
         """Every expert that holds a slot, loading ones included."""
         return self._slot_of.keys()

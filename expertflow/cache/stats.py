@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from copy import copy
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from expertflow.core import MoEShape
+from expertflow.core import ExpertId, MoEShape
 
 
 @dataclass(slots=True)
@@ -72,6 +74,14 @@ class CacheStats:
     def stall_seconds(self) -> float:
         return sum(layer.stall_seconds for layer in self.layers)
 
+    def copied(self) -> CacheStats:
+        """As they are now, while the cache goes on counting."""
+        now = copy(self)
+        now.layers = [copy(layer) for layer in self.layers]
+        now.uses_LE = [list(uses_E) for uses_E in self.uses_LE]
+        now.loads_LE = [list(loads_E) for loads_E in self.loads_LE]
+        return now
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: the counters and the ratios made from them."""
         return {
@@ -93,3 +103,19 @@ class CacheStats:
             "uses_LE": self.uses_LE,
             "loads_LE": self.loads_LE,
         }
+
+
+class Traffic(NamedTuple):
+    """What crossed the link so far, and how long arithmetic waited for it."""
+
+    bytes_read: int
+    stall_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A cache at one moment. Copies: nothing here changes. loading and ready: experts that hold a slot."""
+
+    stats: CacheStats
+    loading: Set[ExpertId]
+    ready: Set[ExpertId]

@@ -86,9 +86,10 @@ _PANELS = {
     "tracing": "Recording",
     "sizes": "Predictor",
     "training": "Training",
+    "server": "Server",
 }
-# `run` streams one answer; n belongs to LLM.generate.
-_NO_FLAG = {"n"}
+# `run` streams one answer, as text; these belong to LLM.generate, batch files and the server.
+_NO_FLAG = {"n", "logit_bias", "logprobs"}
 # Flags with more than the field's own name.
 _FLAG_NAMES = {"batch": ("--batch", "--batch-size")}
 

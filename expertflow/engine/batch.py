@@ -56,7 +56,13 @@ class LiveSequence:
             processors: Any = self.processors  # it names types of tensors that do not exist
             (logits_V,) = processors(torch.tensor([seen]), logits_V[None])
         return choose_token(
-            logits_V, row.params, seed=row.seed, answer=row.answer, position=len(row.token_ids), seen=seen
+            logits_V,
+            row.params,
+            seed=row.seed,
+            answer=row.answer,
+            position=len(row.token_ids),
+            seen=seen,
+            written=row.token_ids,
         )
 
 

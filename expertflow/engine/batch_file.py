@@ -17,7 +17,8 @@ from expertflow.engine.request import RequestOutput
 from expertflow.engine.sampling import SamplingParams
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
-_SAMPLING = {entry.name for entry in fields(SamplingParams)}
+# Results have no place for logprobs yet.
+_SAMPLING = {entry.name for entry in fields(SamplingParams)} - {"logprobs"}
 # What the format has and we honour by doing nothing: names for the caller's own records, and the only value we serve.
 _NO_EFFECT: dict[str, Any] = {"model": None, "user": None, "metadata": None, "stream": False}
 _LONGEST_SHOWN = 60

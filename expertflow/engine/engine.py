@@ -21,9 +21,10 @@ import torch
 from expertflow.engine.auto_schedule import SCHEDULES, AutoSchedule, Schedule
 from expertflow.engine.batch import check_sequences_can_move
 from expertflow.engine.engine_stats import EngineStats
+from expertflow.engine.logprobs import token_logprobs
 from expertflow.engine.request import RequestOutput, Row
 from expertflow.engine.sampling import SamplingParams
-from expertflow.engine.submitted import OnText, Submitted
+from expertflow.engine.submitted import OnDone, OnText, OnToken, Submitted
 from expertflow.engine.unit import EXECUTIONS, Execution, Outcome, Scheduler, Unit, arrival_order
 from expertflow.scheduler.batch_state import positions_follow_cache
 
@@ -115,16 +116,19 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         on_text: OnText | None = None,
+        on_token: OnToken | None = None,
+        on_done: OnDone | None = None,
         deadline_seconds: float | None = None,
     ) -> Submitted:
         """Queue a prompt (text or token ids) and return at once. Thread-safe.
 
-        ValueError when it does not fit, for this request alone. on_text: is told new text in the thread that steps; if
-        it raises, this request fails. deadline_seconds: from now, after which it is cancelled.
+        ValueError when it does not fit, for this request alone. on_text: is told new text in the thread that steps, and
+        on_token each token; if one raises, this request fails. on_done: when nothing more will come. deadline_seconds:
+        from now, after which it is cancelled.
         """
         ((text, ids, rows),) = self._llm.checked_requests([prompt], params)
         expires = None if deadline_seconds is None else self._clock() + deadline_seconds
-        return self._enqueue(Submitted(text, ids, rows, on_text, expires, self._wake))
+        return self._enqueue(Submitted(text, ids, rows, on_text, expires, self._wake, on_token, on_done))
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -286,7 +290,10 @@ class Engine:
             self._queue = deque(row for row in self._queue if row.finish_reason is None)
             for unit in self._units:
                 if count := unit.room(self._queue):
-                    unit.admit([self._queue.popleft() for _ in range(count)])
+                    admitted = [self._queue.popleft() for _ in range(count)]
+                    for row in admitted:
+                        row.admitted = self._clock()
+                    unit.admit(admitted)
 
     def _next_unit(self) -> Unit | None:
         for offset in range(len(self._units)):
@@ -306,7 +313,8 @@ class Engine:
             if not row.token_ids:
                 self._stats.prompt_tokens += len(row.prompt_ids)
             try:
-                piece = row.push(member.choose(logits_V))
+                token = member.choose(logits_V)
+                piece = row.push(token, token_logprobs(logits_V, token, row.params.logprobs))
                 self._stats.generated_tokens += 1
                 request.tell(row, piece)
             except Exception as error:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from expertflow.engine.logprobs import TokenLogprobs
 from expertflow.engine.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]  # abort: it was cancelled, or failed
@@ -19,13 +20,17 @@ FinishReason = Literal["stop", "length", "abort"]  # abort: it was cancelled, or
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer. token_ids has every token, the one that ended it included; text ends before the stop."""
+    """One answer. token_ids has every token, the one that ended it included; text ends before the stop.
+
+    logprobs: of each of token_ids, where SamplingParams.logprobs asked for them.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     stop_reason: str | int | None  # the stop string or stop token id; None for end of sequence and length
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,15 @@ class Row:
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each token, or none at all
+    admitted: float | None = None  # when it left the queue, by the engine's clock
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, logprobs: TokenLogprobs | None = None) -> str:
         """Take the next token; returns the text that became certain."""
         assert self.finish_reason is None, "a finished answer got another token"
         self.token_ids.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         if token in self.params.stop_token_ids:
             piece = self._finish("stop", token)
         elif token in self.end_tokens and not self.params.ignore_eos:
@@ -142,7 +151,14 @@ class Row:
 
     def output(self) -> CompletionOutput:
         assert self.finish_reason is not None, "this answer is not finished"
-        return CompletionOutput(self.answer, self.text, self.token_ids, self.finish_reason, self.stop_reason)
+        return CompletionOutput(
+            self.answer,
+            self.text,
+            self.token_ids,
+            self.finish_reason,
+            self.stop_reason,
+            self.logprobs if self.params.logprobs is not None else None,
+        )
 
     def _finish(self, reason: FinishReason, cause: str | int | None) -> str:
         piece = self.stream.finish()

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from expertflow.engine.interrupts import Interrupts
+from expertflow.engine.logprobs import token_logprobs
 from expertflow.engine.request import Row
 from expertflow.engine.sampler import choose_token
 
@@ -121,7 +122,8 @@ def _decode_loop(
             model_kwargs = model._update_model_kwargs_for_generation(
                 outputs, model_kwargs, is_encoder_decoder=seq2seq
             )
-            scores_BV = logits_processor(input_ids_BT, outputs.logits[:, -1].float())
+            logits_BV = outputs.logits[:, -1].float()
+            scores_BV = logits_processor(input_ids_BT, logits_BV)
             del outputs
         texts = [""] * len(rows)
         next_B = torch.full((len(rows),), pad_token)
@@ -136,8 +138,9 @@ def _decode_loop(
                 position=len(row.token_ids),
                 # As transformers has it: a decoder sees what it wrote, not what the encoder read.
                 seen=input_ids_BT[index].tolist() if seq2seq else row.prompt_ids + row.token_ids,
+                written=row.token_ids,
             )
-            texts[index] = row.push(token)
+            texts[index] = row.push(token, token_logprobs(logits_BV[index], token, row.params.logprobs))
         yield texts
         if all(row.finish_reason is not None for row in rows):
             return

@@ -8,7 +8,8 @@ position its own noise, so nothing has to be carried along and a position can be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,15 +19,30 @@ from expertflow.engine.sampling import SamplingParams
 
 
 def choose_token(
-    logits_V: Tensor, params: SamplingParams, *, seed: int, answer: int, position: int, seen: Sequence[int]
+    logits_V: Tensor,
+    params: SamplingParams,
+    *,
+    seed: int,
+    answer: int,
+    position: int,
+    seen: Sequence[int],
+    written: Sequence[int] = (),
 ) -> int:
     """The token at `position` of answer number `answer`.
 
-    logits_V: float32, unchanged. seen: the ids that the repetition penalty counts (prompt and answer).
-    Filters apply in transformers' order: penalty, temperature, top-k, top-p, min-p.
+    logits_V: float32, unchanged. seen: the ids that the repetition penalty counts (prompt and answer). written: those
+    of the answer so far, which the presence and frequency penalties count.
+    The order is vLLM's, and transformers' where it has them: bias, repetition, frequency and presence penalty,
+    temperature, top-k, top-p, min-p.
     """
+    if params.logit_bias is not None:
+        logits_V = biased(logits_V, params.logit_bias)
     if params.repetition_penalty != 1.0:
         logits_V = penalize(logits_V, seen, params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        logits_V = penalize_written(
+            logits_V, written, presence=params.presence_penalty, frequency=params.frequency_penalty
+        )
     if params.temperature == 0:
         return int(logits_V.argmax())
     ids_N, logits_N = candidates(logits_V / params.temperature, params)
@@ -42,6 +58,27 @@ def penalize(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     logits_V = logits_V.clone()
     logits_N = logits_V[ids_N]
     logits_V[ids_N] = torch.where(logits_N < 0, logits_N * penalty, logits_N / penalty)
+    return logits_V
+
+
+def penalize_written(
+    logits_V: Tensor, written: Sequence[int], *, presence: float, frequency: float
+) -> Tensor:
+    """Subtract from the logit of each token in `written`: presence once, frequency each time it is there."""
+    counts = Counter(written)
+    if not counts:
+        return logits_V
+    ids_N = torch.tensor(list(counts), dtype=torch.long)
+    times_N = torch.tensor(list(counts.values()), dtype=logits_V.dtype)
+    logits_V = logits_V.clone()
+    logits_V[ids_N] -= presence + frequency * times_N
+    return logits_V
+
+
+def biased(logits_V: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """logits_V with each token id's bias added."""
+    logits_V = logits_V.clone()
+    logits_V[torch.tensor(list(bias))] += torch.tensor(list(bias.values()), dtype=logits_V.dtype)
     return logits_V
 
 

@@ -13,6 +13,10 @@ from expertflow.engine.request import RequestOutput, Row
 
 # (answer number, new text), in the thread that steps the engine: to be brief, or it holds up everybody.
 OnText = Callable[[int, str], None]
+# (answer with its newest token, the text that became certain with it), for every token, in that thread too.
+OnToken = Callable[[Row, str], None]
+# Nothing more will come, for whatever reason; in the thread that steps or closes the engine.
+OnDone = Callable[["Submitted"], None]
 
 
 class Submitted:
@@ -26,13 +30,15 @@ class Submitted:
         on_text: OnText | None = None,
         expires: float | None = None,
         wake: Callable[[], None] = lambda: None,
+        on_token: OnToken | None = None,
+        on_done: OnDone | None = None,
     ):
         self.prompt = prompt
         self.prompt_ids = prompt_ids
         self.rows = rows
         self.expires = expires  # by the engine's clock: it is cancelled then
         self.error: BaseException | None = None
-        self._on_text = on_text
+        self._on_text, self._on_token, self._on_done = on_text, on_token, on_done
         self._wake = wake
         self._cancelled = False
         self._finished = threading.Event()
@@ -81,7 +87,9 @@ class Submitted:
             raise self.error
 
     def tell(self, row: Row, piece: str) -> None:
-        """For the engine: new text of one answer."""
+        """For the engine: a new token of one answer, and the text that became certain with it."""
+        if self._on_token is not None:
+            self._on_token(row, piece)
         if piece:
             self._pieces.put(piece)
             if self._on_text is not None:
@@ -93,3 +101,5 @@ class Submitted:
             self.error = error
             self._finished.set()
             self._pieces.put(None)
+            if self._on_done is not None:
+                self._on_done(self)

@@ -126,6 +126,21 @@ class Predicting:
         self.learn_later: Later | None = None  # who learns while the next pass runs; None: it waits
         self._pass: _Pass | None = None
         self._stats = PredictionStats(name)
+        self._newest_p_LE: Tensor | None = None
+
+    @property
+    def newest_forecast_LE(self) -> list[list[float]] | None:
+        """Of the last pass that had one: probability that it needs each expert, by all layers of the cache.
+
+        None where nobody predicts now. From any thread; look-ahead may be refining it meanwhile.
+        """
+        p_LE = self._newest_p_LE
+        if p_LE is None or self._stats.failed is not None or not self.gate.open:
+            return None
+        encoder_LE = [[0.0] * experts for experts in self.cache.shape.experts_per_layer[: self.source_layers]]
+        return encoder_LE + [
+            p_E[:experts] for p_E, experts in zip(p_LE.tolist(), self._experts_L, strict=True)
+        ]
 
     @property
     def stats(self) -> PredictionStats:
@@ -237,7 +252,7 @@ class Predicting:
                     said = predictor.begin(running.whole.context, running.whole.origin_B, foreseen)
                     if said is not None:
                         self._stats.foreseen += foreseen is not None
-                        running.p_LE = said.p_LE.clone()
+                        self._newest_p_LE = running.p_LE = said.p_LE.clone()
                         forecast = self._forecast(said)
         self.cache.begin_pass(forecast)
         return nothing

@@ -44,8 +44,8 @@ def test_wrong_values_are_refused_with_their_limit(wrong: dict, message: str) ->
 
 
 def test_unknown_parameters_are_refused() -> None:
-    with pytest.raises(TypeError, match="presence_penalty"):
-        SamplingParams(presence_penalty=0.5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="prompt_logprobs"):
+        SamplingParams(prompt_logprobs=1)  # type: ignore[call-arg]
 
 
 def test_vllms_spellings() -> None:
