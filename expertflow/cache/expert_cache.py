@@ -376,6 +376,8 @@ class ExpertCache:
             if expert in self._prefetched_unused:
                 self._prefetched_unused.discard(expert)
                 self._stats.prefetches_useful += 1
+        for expert in (*opened.in_flight, *opened.missing):
+            self._stats.misses_LE[layer][expert.expert] += 1
         self._execute(opened.actions)
 
     def _next_ready(self, pending: dict[ExpertId, None]) -> ExpertId | None:

@@ -24,8 +24,8 @@ class LayerStats:
 class CacheStats:
     """Counters since the start or the last reset.
 
-    uses_LE[l][e]: how often layer l needed expert e (once for a batch, however many tokens); loads_LE:
-    how often its bytes were read. read_seconds: time inside reads, so bytes_read / read_seconds is the
+    uses_LE[l][e]: how often layer l needed expert e (once for a batch, however many tokens); misses_LE: how often it
+    was not ready then; loads_LE: how often its bytes were read. read_seconds: time inside reads, so bytes_read / read_seconds is the
     bandwidth that was reached.
     """
 
@@ -35,6 +35,7 @@ class CacheStats:
     io_mode: str
     layers: list[LayerStats] = field(default_factory=list)
     uses_LE: list[list[int]] = field(default_factory=list)
+    misses_LE: list[list[int]] = field(default_factory=list)
     loads_LE: list[list[int]] = field(default_factory=list)
     prefetches: int = 0  # loads begun on a hint or a forecast
     prefetches_useful: int = 0  # a layer asked for them before they were gone again
@@ -48,6 +49,7 @@ class CacheStats:
     def reset(self) -> None:
         self.layers = [LayerStats() for _ in self.shape.experts_per_layer]
         self.uses_LE = [[0] * experts for experts in self.shape.experts_per_layer]
+        self.misses_LE = [[0] * experts for experts in self.shape.experts_per_layer]
         self.loads_LE = [[0] * experts for experts in self.shape.experts_per_layer]
         self.prefetches = self.prefetches_useful = self.prefetches_unused = self.cancelled = 0
         self.read_seconds = 0.0
@@ -79,6 +81,7 @@ class CacheStats:
         now = copy(self)
         now.layers = [copy(layer) for layer in self.layers]
         now.uses_LE = [list(uses_E) for uses_E in self.uses_LE]
+        now.misses_LE = [list(misses_E) for misses_E in self.misses_LE]
         now.loads_LE = [list(loads_E) for loads_E in self.loads_LE]
         return now
 
@@ -101,6 +104,7 @@ class CacheStats:
             "cancelled": self.cancelled,
             "layers": [asdict(layer) for layer in self.layers],
             "uses_LE": self.uses_LE,
+            "misses_LE": self.misses_LE,
             "loads_LE": self.loads_LE,
         }
 

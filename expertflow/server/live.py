@@ -44,6 +44,7 @@ def snapshot(driver: EngineDriver) -> dict[str, Any]:
         "slot_bytes": stats.slot_bytes,
         "resident_LE": residency(seen, shape),
         "uses_LE": [_padded(uses_E, widest, 0) for uses_E in stats.uses_LE],
+        "misses_LE": [_padded(misses_E, widest, 0) for misses_E in stats.misses_LE],
         "loads_LE": [_padded(loads_E, widest, 0) for loads_E in stats.loads_LE],
         "predicted_LE": None
         if forecast_LE is None

@@ -507,6 +507,7 @@ def test_statistics_of_a_scripted_run(new_cache):
 
     assert cache.stats.uses_LE == [[2, 2, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0], [0] * 6]
     assert cache.stats.loads_LE == [[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0], [0] * 6]
+    assert cache.stats.misses_LE == [[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0], [0] * 6]  # in flight is late too
     assert [layer.bytes_read for layer in cache.stats.layers] == [2 * bytes_of_one, 2 * bytes_of_one, 0]
     assert (cache.stats.hits, cache.stats.misses, cache.stats.hit_ratio) == (2, 4, 2 / 6)
     assert cache.stats.bytes_read == 4 * bytes_of_one
@@ -522,6 +523,7 @@ def test_a_prefetch_is_unused_when_it_goes_before_a_layer_asked_for_it(new_cache
     cache.prefetch(at(0, 0, 1))
     cache.wait_idle()
     consume(cache, 0, [0])
+    assert (cache.stats.uses_LE[0][0], cache.stats.loads_LE[0][0], cache.stats.misses_LE[0][0]) == (1, 1, 0)
     consume(cache, 1, [0, 1])  # both slots are needed: expert 0 was used, expert 1 was not
     assert (cache.stats.prefetches, cache.stats.prefetches_unused, cache.stats.cancelled) == (2, 1, 0)
 
