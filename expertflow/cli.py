@@ -18,6 +18,7 @@ from expertflow.commands.check import check, demo
 from expertflow.commands.plan import measure, plan
 from expertflow.commands.predictors import eval_predictor, train_predictor
 from expertflow.commands.run import run
+from expertflow.commands.serve import serve
 from expertflow.commands.simulate import simulate
 from expertflow.commands.stats import stats
 from expertflow.commands.trace import trace
@@ -47,6 +48,7 @@ for command in (
     plan,
     run,
     chat,
+    serve,
     batch,
     check,
     stats,

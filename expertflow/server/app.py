@@ -44,7 +44,7 @@ def create_app(engine_driver: EngineDriver, settings: ServerSettings) -> FastAPI
         try:
             yield
         finally:
-            await feed.close()
+            feed.close()
             driver.close()
 
     app = FastAPI(

@@ -125,7 +125,9 @@ class EngineDriver:
         """Stop after the step under way; what is outstanding is cancelled. Idempotent."""
         self._stop.set()
         self._encoder.shutdown(wait=True, cancel_futures=True)
-        if self._thread.is_alive():
+        if self._loop is None:  # it never started
+            self.engine.close()
+        elif self._thread.is_alive():
             self._thread.join()
 
     def retry_after_seconds(self) -> int:

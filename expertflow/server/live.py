@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any
 
 from expertflow.cache.stats import Observed
@@ -103,9 +102,8 @@ class LiveFeed:
         self._driver = driver
         self._most = most_viewers
         self._viewers = 0
-        self._newest = b""
-        self._number = 0  # of the newest event
-        self._changed = asyncio.Condition()
+        self._newest: bytes | None = None
+        self._next = asyncio.Event()  # of the event after the newest
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -120,36 +118,35 @@ class LiveFeed:
                 f"{self._viewers} viewers watch already, and that is the limit; close one, or start the server with a "
                 f"larger --viewers",
                 code="too_many_viewers",
+                headers={"Retry-After": "10"},
             )
         return self._events()
 
+    def close(self) -> None:
+        """End the streams of all viewers."""
+        self._closed = True
+        self._stop_observing()
+        self._next.set()
+
     async def _events(self) -> AsyncIterator[bytes]:
         self._viewers += 1
-        seen = -1
         try:
-            if self._task is None:
+            if self._task is None and not self._closed:
                 self._task = asyncio.create_task(self._observe())
             while not self._closed:
-                async with self._changed:
-                    if not self._newest or seen == self._number:
-                        await self._changed.wait()
-                    seen, newest = self._number, self._newest
-                if newest and not self._closed:
-                    yield newest
+                following = self._next
+                if self._newest is not None:
+                    yield self._newest
+                await following.wait()
         finally:
             self._viewers -= 1
-            if not self._viewers and self._task is not None:
-                self._task.cancel()
-                self._task, self._newest = None, b""
+            if not self._viewers:
+                self._stop_observing()
 
-    async def close(self) -> None:
-        self._closed = True
+    def _stop_observing(self) -> None:
         if self._task is not None:
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-        async with self._changed:
-            self._changed.notify_all()
+        self._task, self._newest = None, None
 
     async def _observe(self) -> None:
         try:
@@ -165,14 +162,11 @@ class LiveFeed:
             found = await asyncio.to_thread(snapshot, self._driver)
             now = time.monotonic()
             # Time alone is no change.
-            if (
-                before is None
-                or {**found, "time_s": before["time_s"]} != before
-                or now - said >= HEARTBEAT_SECONDS
-            ):
+            changed = before is None or found | {"time_s": before["time_s"]} != before
+            if changed or now - said >= HEARTBEAT_SECONDS:
                 text = await asyncio.to_thread(json.dumps, found, separators=(",", ":"))
-                async with self._changed:
-                    self._newest, self._number = f"data: {text}\n\n".encode(), self._number + 1
-                    self._changed.notify_all()
+                self._newest = f"data: {text}\n\n".encode()
+                self._next.set()
+                self._next = asyncio.Event()
                 before, said = found, now
             await asyncio.sleep(EVENT_SECONDS)
