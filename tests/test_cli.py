@@ -59,12 +59,12 @@ def test_help_teaches_and_imports_no_torch() -> None:
     assert found.stdout.endswith("False False\n")
     assert 'expertflow run Qwen/Qwen1.5-MoE-A2.7B "Once upon a time" --memory 6GiB' in found.stdout
     for entry in (*fields(Settings), *fields(SamplingParams)):
-        if entry.name != "n":
+        if entry.name not in ("n", "logit_bias", "logprobs"):
             assert f"--{entry.name.replace('_', '-')}" in found.stdout
             assert entry.metadata["help"].split()[0] in found.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "batch", "plan", "check", "trace", "stats", "demo"])
+@pytest.mark.parametrize("command", ["run", "serve", "batch", "plan", "check", "trace", "stats", "demo"])
 def test_every_command_has_help(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -151,6 +151,8 @@ def test_revision_reaches_the_hub(loaded: dict[str, Any]) -> None:
             ["--temperature", "0", "--repetition-penalty", "1.9"],
             {"temperature": 0, "repetition_penalty": 1.9},
         ),
+        (["--temperature", "0", "--presence-penalty", "2"], {"temperature": 0, "presence_penalty": 2.0}),
+        (["--temperature", "0", "--frequency-penalty", "2"], {"temperature": 0, "frequency_penalty": 2.0}),
     ],
 )
 def test_sampling_flags(folder: Path, flags: list[str], params: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ No path and no stack trace: what we did not expect is logged under an id, and th
 from __future__ import annotations
 
 import logging
+import re
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -76,9 +77,9 @@ def refused_value(error: ValueError, param: str | None = None) -> APIError:
 
 
 def _first_name(message: str) -> str | None:
-    """Of a message such as "top_p=2 must be ...": top_p."""
-    name = message.partition("=")[0].partition(" ")[0]
-    return name if name.isidentifier() and "=" in message else None
+    """Of a message such as "top_p=2 must be ..." or "logit_bias of token 9 is ...": what it is about."""
+    found = re.match(r"([a-z_]+)(=| of token )", message)
+    return found[1] if found else None
 
 
 def malformed(error: ValidationError) -> APIError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -65,10 +66,12 @@ class DrainingServer(uvicorn.Server):
         self._asked = 0
         self._serving_loop: asyncio.AbstractEventLoop | None = None
         self.cut = False
+        self.ready = threading.Event()  # requests are let in
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._serving_loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self.ready.set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came, in the midst of anything."""

@@ -1,7 +1,11 @@
 """What a request may ask for, and how its tokens are drawn."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -12,7 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from expertflow.engine.sampler import candidates, choose_token, gumbel_noise, penalize
+from expertflow.engine.logprobs import token_logprobs
+from expertflow.engine.sampler import candidates, choose_token, gumbel_noise, penalize, penalize_written
 from expertflow.engine.sampling import SamplingParams
 
 
@@ -36,6 +41,14 @@ from expertflow.engine.sampling import SamplingParams
         ({"stop": [3]}, "stop=3 must be text"),
         ({"stop_token_ids": [-1]}, "stop_token_ids=-1"),
         ({"max_tokens": True}, "max_tokens=True"),
+        ({"presence_penalty": 2.5}, "presence_penalty=2.5 must be a number at least -2 and at most 2"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty=nan"),
+        ({"logprobs": 21}, "logprobs=21 must be a whole number of at least 0 and at most 20"),
+        ({"logprobs": True}, "logprobs=True"),
+        ({"logit_bias": [1]}, r"logit_bias=\[1\] must have a bias for each token id"),
+        ({"logit_bias": {"x": 1}}, "logit_bias of 'x': must be of token ids"),
+        ({"logit_bias": {-1: 1}}, "logit_bias of -1"),
+        ({"logit_bias": {3: "much"}}, "logit_bias of token 3 is 'much'; it must be a number"),
     ],
 )
 def test_wrong_values_are_refused_with_their_limit(wrong: dict, message: str) -> None:
@@ -52,6 +65,8 @@ def test_vllms_spellings() -> None:
     assert SamplingParams(stop="x").stop == ("x",)
     assert SamplingParams(stop=None, stop_token_ids=None).stop == ()  # type: ignore[arg-type]
     assert SamplingParams(top_k=-1).top_k == 0
+    assert SamplingParams(logit_bias={"7": 1000, 8: -1000}).logit_bias == {7: 100.0, 8: -100.0}
+    assert SamplingParams(logit_bias={}).logit_bias is None
 
 
 def random_logits(seed: int, vocabulary: int = 200) -> Tensor:
@@ -101,6 +116,71 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([seen]), logits_V[None].clone())
     assert torch.equal(penalize(logits_V, seen, 1.7), expected[0])
     assert torch.equal(logits_V, random_logits(3)), "the caller's logits were changed"
+
+
+def adjusted(logits_V: Tensor, params: SamplingParams, seen: list[int], written: list[int]) -> list[float]:
+    """The slow, obvious version: OpenAI's and vLLM's formulas, token by token."""
+    out = []
+    for token, logit in enumerate(logits_V.tolist()):
+        logit += (params.logit_bias or {}).get(token, 0.0)
+        if token in seen:
+            penalty = params.repetition_penalty
+            logit = logit * penalty if logit < 0 else logit / penalty
+        count = written.count(token)
+        logit -= count * params.frequency_penalty + (count > 0) * params.presence_penalty
+        out.append(logit)
+    return out
+
+
+@given(
+    seed=st.integers(0, 50),
+    written=st.lists(st.integers(0, 9), max_size=12),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    repetition=st.sampled_from([1.0, 1.6]),
+    bias=st.dictionaries(st.integers(0, 9), st.floats(-100, 100), max_size=4),
+)
+def test_penalties_and_bias_are_those_of_the_formulas(
+    seed: int,
+    written: list[int],
+    presence: float,
+    frequency: float,
+    repetition: float,
+    bias: dict[int, float],
+) -> None:
+    logits_V = random_logits(seed, vocabulary=10).double()
+    before = logits_V.clone()
+    params = SamplingParams(
+        temperature=0,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        repetition_penalty=repetition,
+        logit_bias=bias,
+    )
+    seen = [1, 2, *written]
+    expected = adjusted(logits_V, params, seen, written)
+    found = choose_token(logits_V, params, seed=0, answer=0, position=0, seen=seen, written=written)
+    assert expected[found] == pytest.approx(max(expected), abs=1e-9)
+    assert torch.equal(logits_V, before), "the caller's logits were changed"
+
+
+def test_presence_counts_a_token_once_and_frequency_each_time() -> None:
+    logits_V = torch.tensor([1.0, 1.0, 1.0])
+    found_V = penalize_written(logits_V, [0, 0, 0, 2], presence=0.5, frequency=0.25)
+    assert found_V.tolist() == [1 - 0.5 - 0.75, 1.0, 1 - 0.5 - 0.25]
+
+
+def test_logprobs_are_of_the_models_own_distribution() -> None:
+    logits_V = random_logits(4, vocabulary=30)
+    found = token_logprobs(logits_V, 7, 3)
+    assert found is not None
+    assert found.logprob == pytest.approx(math.log(logits_V.softmax(0)[7].item()), abs=1e-5)
+    best = sorted(range(30), key=lambda token: -logits_V[token].item())[:3]
+    assert [token for token, _ in found.top] == best
+    assert [logprob for _, logprob in found.top] == pytest.approx(
+        [math.log(logits_V.softmax(0)[token].item()) for token in best], abs=1e-5
+    )
+    assert token_logprobs(logits_V, 7, None) is None
 
 
 def test_draws_follow_the_distribution() -> None:

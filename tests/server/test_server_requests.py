@@ -1,0 +1,181 @@
+"""Requests that come and go: cancelled, too many, too late, read slowly, cut off."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from expertflow import LLM, SamplingParams
+from tests.server.running import WAIT_SECONDS, Answered, Running, events_of, running
+
+LONG = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture
+def small(llm: LLM) -> Iterator[Running]:
+    """Eight places and a queue of two."""
+    with running(llm, queue=2) as server:
+        yield server
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Polls for something that another process or thread brings about."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not what():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.005)
+
+
+def in_thread(call: Callable[[], Answered]) -> tuple[threading.Thread, list[Answered]]:
+    found: list[Answered] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    return thread, found
+
+
+def send(server: Running, stream: bool) -> socket.socket:
+    """A request whose answer nobody reads yet."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT_SECONDS)
+    body = json.dumps(LONG | {"stream": stream})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    assert connection.sock is not None
+    return connection.sock
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place_at_once(small: Running, stream: bool) -> None:
+    """Its row was decoded to the end once, for nobody. The engine is held in a step, so the answer cannot be done."""
+    small.turnstile.close()
+    before = small.driver.engine.stats.cancelled
+    sock = send(small, stream)
+    assert small.turnstile.held.wait(WAIT_SECONDS)
+    sock.close()
+    # The loop notices while the engine is in its step: nothing of the loop waits for that.
+    until(lambda: all(generation.cancelled for generation in small.driver._generations))
+    small.turnstile.open()
+    until(lambda: small.driver.outstanding == 0)
+    stats = small.driver.engine.stats
+    assert stats.cancelled == before + 1
+    assert stats.running == 0
+    assert stats.generated_tokens < LONG["max_tokens"] / 2  # type: ignore[operator]
+    until(lambda: "cancelled" in small.ask("/metrics").body.decode())
+
+
+def test_a_full_queue_answers_429_and_when_to_come_again(small: Running) -> None:
+    small.turnstile.close()
+    waiting = [in_thread(lambda: small.complete(max_tokens=2)) for _ in range(10)]
+    until(lambda: small.driver.outstanding == 10)
+    refused = small.complete(max_tokens=2)
+    assert refused.status == 429
+    assert refused.error["code"] == "queue_full"
+    assert refused.error["type"] == "rate_limit_error"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert small.complete(max_tokens=2, prompt=["a"] * 11).error["code"] == "too_many_answers"
+    small.turnstile.open()
+    for thread, found in waiting:
+        thread.join(WAIT_SECONDS)
+        assert found[0].status == 200
+    assert small.complete(max_tokens=2).status == 200, "there is room again"
+
+
+def test_refused_requests_give_their_places_back(small: Running) -> None:
+    for _ in range(30):
+        assert small.complete(max_tokens=1000).status == 400
+        assert small.complete(prompt=["a", "x" * 125], max_tokens=30).status == 400, "the second does not fit"
+    until(lambda: small.driver.outstanding == 0)
+    assert small.driver.engine.stats.finished == 0, "no prompt of a refused request was answered"
+    assert small.complete(max_tokens=2).status == 200
+
+
+def test_a_deadline_ends_a_request(llm: LLM) -> None:
+    with running(llm, deadline_seconds=0.01) as server:
+        server.turnstile.close()
+        thread, found = in_thread(lambda: server.complete(max_tokens=50))
+        stream, streamed = in_thread(lambda: server.complete(max_tokens=50, stream=True))
+        assert server.turnstile.held.wait(WAIT_SECONDS)
+        time.sleep(0.02)  # the deadline itself
+        server.turnstile.open()
+        thread.join(WAIT_SECONDS)
+        stream.join(WAIT_SECONDS)
+        assert found[0].status == 504
+        assert found[0].error["code"] == "deadline_exceeded"
+        assert "max_tokens" in found[0].error["message"]
+        assert events_of(streamed[0].body)[-1]["error"]["code"] == "deadline_exceeded"
+        until(lambda: server.driver.outstanding == 0)
+
+
+def test_a_slow_reader_holds_nobody_up_and_loses_nothing(served: Running) -> None:
+    """Its socket takes 4 KiB; the answer is far longer. All others are answered while it has read nothing."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", served.port))
+    body = json.dumps(LONG | {"stream": True, "logprobs": 20, "n": 1}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    with sock:
+        sock.sendall(head.encode() + body)
+        until(lambda: served.driver.outstanding == 1)
+        for _ in range(3):
+            assert served.complete(max_tokens=4).status == 200
+        until(lambda: served.driver.outstanding == 0)  # decoded to its end
+        received = b""
+        while part := sock.recv(65536):
+            received += part
+    assert received.endswith(b"0\r\n\r\n"), "the stream ended as it should"
+    assert received.count(b"data: ") >= 2
+    assert b'"finish_reason":"length"' in received
+    (output,) = served.llm.generate("Hello", SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    texts = [
+        json.loads(line[6:])["choices"][0]["text"]
+        for line in received.split(b"\n")
+        if line.startswith(b"data: {")
+    ]
+    assert "".join(texts) == output.outputs[0].text
+
+
+def test_an_answer_that_fails_is_one_clients_and_says_no_more_than_an_id(
+    served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("/secret/path/of/a/disk: it broke")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("expertflow.engine.engine.token_logprobs", fails)
+        found = served.complete(max_tokens=3)
+    assert found.status == 500
+    assert "secret" not in found.body.decode()
+    number = found.error["message"].split("under id ")[1].split(".")[0]
+    assert any(number in record.getMessage() for record in caplog.records)
+    assert "/secret/path" in caplog.text
+    assert served.complete(max_tokens=3).status == 200
+
+
+def test_an_endpoint_that_fails_says_no_more_than_an_id(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("/secret")
+
+    monkeypatch.setattr("expertflow.server.app.all_stats", fails)
+    found = served.ask("/stats")
+    assert found.status == 500
+    assert "secret" not in found.body.decode()
+    assert found.error["code"] == "internal_error"
+
+
+def test_when_the_engine_stops_requests_hear_of_it_and_probes_too(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(llm) as server:
+        assert server.ask("/health/live").status == 200
+        monkeypatch.setattr(server.driver.engine, "step", lambda: 1 / 0)
+        assert server.complete(max_tokens=3).error["code"] == "engine_stopped"
+        assert server.ask("/health/live").status == 503
+        assert server.ask("/health/ready").status == 503
+        assert server.complete(max_tokens=3).status == 503
