@@ -181,13 +181,13 @@ class ServerModel:
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    try:
-        for line in response:
-            data = line.removeprefix(b"data:").strip()
-            if line.startswith(b"data:") and data != b"[DONE]":
-                yield json.loads(data)
-    except http.client.HTTPException:
-        raise ConnectionError("the server ended in the middle of its answer; say it again") from None
+    for line in response:  # a connection that breaks off ends it like any other
+        data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
+            return
+        if line.startswith(b"data:"):
+            yield json.loads(data)
+    raise ConnectionError("the server ended in the middle of its answer; say it again")
 
 
 def _refusal(response: http.client.HTTPResponse) -> str:

@@ -184,7 +184,9 @@ def test_screen_readers_have_names_and_places(page: Any) -> None:
         expect(page.get_by_role(role, name=name, exact=True)).to_have_count(1)
     for landmark in ("main", "banner"):
         expect(page.get_by_role(landmark)).to_have_count(1)
-    expect(page.locator("#map-summary")).to_have_text(re.compile("^[0-9]+ experts? in memory, [0-9]+ loading"))
+    expect(page.locator("#map-summary")).to_have_text(
+        re.compile("^[0-9]+ experts? in memory, [0-9]+ loading")
+    )
     # Nothing can be reached that has no name.
     unnamed = page.locator("button, input:not([type=radio]), textarea, a, [tabindex='0']").evaluate_all(
         """all => all.filter((one) => !one.textContent.trim() && !one.labels?.length && !one.getAttribute("aria-label"))
