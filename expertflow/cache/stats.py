@@ -25,8 +25,8 @@ class CacheStats:
     """Counters since the start or the last reset.
 
     uses_LE[l][e]: how often layer l needed expert e (once for a batch, however many tokens); misses_LE: how often it
-    was not ready then; loads_LE: how often its bytes were read. read_seconds: time inside reads, so
-    bytes_read / read_seconds is the bandwidth that was reached.
+    was not ready then; loads_LE: how often its bytes were read. read_seconds: time inside reads, so bytes_read /
+    read_seconds is the bandwidth that was reached.
     """
 
     shape: MoEShape

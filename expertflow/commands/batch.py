@@ -13,6 +13,7 @@ import typer
 from expertflow.commands.flags import DEFAULT_MAX_TOKENS, RevisionOption, TimelineOption, takes
 from expertflow.commands.session import (
     check_can_write,
+    check_seating,
     load,
     progress_bar,
     report_run,
@@ -85,19 +86,10 @@ def batch(
         )
     if requests.absolute() == results.absolute():
         raise ValueError(f"{results} is the file of requests; give another name to the results")
-    from expertflow.engine.auto_schedule import SCHEDULES
+    check_seating(execution, schedule, checked)
     from expertflow.engine.batch_results import BatchResults
     from expertflow.engine.batch_run import BatchRun, sha256_of
-    from expertflow.engine.unit import EXECUTIONS
 
-    if execution not in EXECUTIONS:
-        raise ValueError(f"--execution {execution}: use {' or '.join(EXECUTIONS)}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"--schedule {schedule}: use {' or '.join(SCHEDULES)}")
-    if schedule == "auto" and checked.predictor == "none":
-        raise ValueError(
-            "--schedule auto groups by predicted experts; add --predictor online, or a trained one"
-        )
     given = {"input_sha256": sha256_of(requests), "model": model, "revision": revision, "sampling": sampling}
     settings = {**settings, "batch": checked.batch, "sequences": checked.sequences}
     with (

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from expertflow.commands.flags import ModelArgument, RevisionOption, takes
-from expertflow.commands.session import load
+from expertflow.commands.session import check_seating, load
 from expertflow.config import BatchSettings
 from expertflow.server.settings import ServerSettings
 
@@ -49,6 +49,7 @@ def serve(
     """
     checked = BatchSettings(**settings)
     wanted = ServerSettings(**server).with_keys(os.environ)
+    check_seating(execution, schedule, checked)
     try:
         from expertflow.server.serve import listening_socket
         from expertflow.server.serve import serve as serve_model

@@ -113,6 +113,21 @@ def check_can_write(stats_json: Path | None, heatmap: Path | None, timeline: Pat
         require_matplotlib()
 
 
+def check_seating(execution: str, schedule: str, settings: Settings) -> None:
+    """What an engine would refuse, before a model is loaded."""
+    from expertflow.engine.auto_schedule import SCHEDULES
+    from expertflow.engine.unit import EXECUTIONS
+
+    if execution not in EXECUTIONS:
+        raise ValueError(f"--execution {execution}: use {' or '.join(EXECUTIONS)}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"--schedule {schedule}: use {' or '.join(SCHEDULES)}")
+    if schedule == "auto" and settings.predictor == "none":
+        raise ValueError(
+            "--schedule auto groups by predicted experts; add --predictor online, or a trained one"
+        )
+
+
 @contextlib.contextmanager
 def saved_timeline(llm: LLM, path: Path | None) -> Iterator[None]:
     """Save what ran in this block, also when it was interrupted."""

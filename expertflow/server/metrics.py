@@ -40,6 +40,8 @@ class RequestMetrics:
         self.queue_wait = self._seconds(
             "queue_wait", "From a request's arrival to an answer's place in a batch"
         )
+        self.longest_wait_seconds = 0.0  # of an answer in the queue
+        self._waits, self._waited = 0, 0.0
         self.duration = self._seconds("request_duration", "Of requests that were answered")
 
     def got_token(self, generation: Generation, token: Token, now: float) -> None:
@@ -47,10 +49,18 @@ class RequestMetrics:
         if last is None:
             self.first_token.observe(now - generation.started)
             if token.admitted is not None:
-                self.queue_wait.observe(max(0.0, token.admitted - generation.started))
+                waited = max(0.0, token.admitted - generation.started)
+                self.queue_wait.observe(waited)
+                self.longest_wait_seconds = max(self.longest_wait_seconds, waited)
+                self._waits, self._waited = self._waits + 1, self._waited + waited
         else:
             self.between_tokens.observe(now - last)
         generation.last_token[token.choice] = now
+
+    @property
+    def mean_wait_seconds(self) -> float:
+        """Of answers in the queue, since the start."""
+        return self._waited / self._waits if self._waits else 0.0
 
     def ended(self, endpoint: str, outcome: str, seconds: float | None = None) -> None:
         """outcome: "ok", "cancelled", or the code of an error. seconds: of a request that was answered."""
@@ -83,6 +93,9 @@ class EngineCollector(Collector):
         yield _counter("step_seconds", "Time in steps", engine.step_seconds)
         yield _gauge("running", "Answers that are being decoded", engine.running)
         yield _gauge("waiting", "Answers in the queue", engine.waiting)
+        yield _gauge(
+            "queue_wait_longest_seconds", "The longest an answer waited", driver.metrics.longest_wait_seconds
+        )
         yield _gauge("draining", "1 when the server is going down", int(driver.draining))
         yield _counter("cache_hits", "Experts that were there when a layer needed them", cache.hits)
         yield _counter("cache_misses", "Experts that a layer had to wait for", cache.misses)

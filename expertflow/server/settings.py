@@ -35,7 +35,7 @@ class ServerSettings:
     drain_seconds: float = setting(
         60.0, "after SIGTERM: time in which running requests may end; a second signal ends them at once"
     )
-    max_body: str | int = setting("4MiB", "the largest request")
+    max_body: str | int = setting("1MiB", "the largest request")
     max_prompts: int = setting(64, "prompts in one request for completions")
     write_seconds: float = setting(30.0, "a client that takes no byte for so long is given up")
     viewers: int = setting(16, "how many may watch the live page at once")

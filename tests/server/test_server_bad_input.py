@@ -18,7 +18,7 @@ COMPLETION = [
     ({"prompt": [5000]}, None, "outside 0 to 127, the vocabulary"),
     ({"prompt": {"a": 1}}, "prompt", "must be text"),
     ({"prompt": "x" * 200}, None, "does not fit the context of 128"),
-    ({"prompt": "x" * 3_000_000}, "prompt", "3000000 characters, more than the 128 tokens"),
+    ({"prompt": "x" * 900_000}, "prompt", "900000 characters, more than the 128 tokens"),
     ({"prompt": ["a"] * 65}, "prompt", "65 prompts, and 64 are the limit"),
     ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1 (got 0)"),
     ({"max_tokens": -3}, "max_tokens", "got -3"),

@@ -20,8 +20,8 @@ from expertflow.server.step_log import StepLog, StepRecord
 from tests.server.running import WAIT_SECONDS, Running, running
 
 FIELDS = {
-    "time_s", "layers", "experts", "slots", "slot_bytes", "resident_LE", "uses_LE", "loads_LE", "predicted_LE",
-    "hits", "misses", "hit_ratio", "bytes_read", "stall_seconds", "stall_by_layer", "tokens_generated",
+    "time_s", "layers", "experts", "slots", "slot_bytes", "resident_LE", "uses_LE", "loads_LE", "misses_LE",
+    "predicted_LE", "hits", "misses", "hit_ratio", "bytes_read", "stall_seconds", "stall_by_layer", "tokens_generated",
     "prompt_tokens", "tokens_per_s", "link_bytes_per_s", "running", "waiting", "predictor", "steps",
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -43,10 +43,15 @@ def browser(chromium: str) -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens pages. At the end none of them may have complained, or asked anybody but its server."""
+    """Opens pages; routes: who answers instead of the server, by path.
+
+    At the end none of them may have complained, or asked anybody but its server.
+    """
     contexts, complaints, asked = [], [], []
 
-    def opened(served: Served, path: str = "/", **options: Any) -> Any:
+    def opened(
+        served: Served, routes: Mapping[str, Callable[[Any], None]] | None = None, **options: Any
+    ) -> Any:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
@@ -57,7 +62,9 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: asked.append((served.address, request.url)))
         page.complaints = complaints
-        page.goto(served.address + path)
+        for path, handler in (routes or {}).items():
+            page.route(f"**/{path}", handler)
+        page.goto(served.address)
         return page
 
     yield opened

@@ -19,10 +19,9 @@ pytestmark = pytest.mark.timeout(600)
 def test_a_model_without_a_chat_template_continues_text(
     served: Served, open_page: Callable[..., Any]
 ) -> None:
-    page = open_page(served, "/health/live")  # the same origin, before the page's own first request
     model = {"id": "tiny-moe", "object": "model", "expertflow": {"chat": False, "context": 512}}
-    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [model]}))
-    page.goto(served.address)
+    models = {"object": "list", "data": [model]}
+    page = open_page(served, {"v1/models": lambda route: route.fulfill(json=models)})
     box = page.get_by_role("textbox", name="Text to continue")
     expect(page.get_by_text("no chat template")).to_be_visible()
     page.get_by_text("Sampling").click()
@@ -36,16 +35,13 @@ def test_a_model_without_a_chat_template_continues_text(
 
 
 def test_a_key_is_asked_for_kept_and_sent(served: Served, open_page: Callable[..., Any]) -> None:
-    page = open_page(served, "/health/live")
     refusal = {"error": {"message": "the key is not one of this server's", "code": "invalid_api_key"}}
 
     def guard(route: Any) -> None:
         known = route.request.headers.get("authorization") == "Bearer sesame"
         route.continue_() if known else route.fulfill(status=401, json=refusal)
 
-    for path in ("live", "v1/models"):
-        page.route(f"**/{path}", guard)
-    page.goto(served.address)
+    page = open_page(served, dict.fromkeys(("live", "v1/models"), guard))
     for key in ("wrong", "sesame"):
         page.get_by_label("API key").fill(key)
         page.get_by_role("button", name="Use it").click()
@@ -69,6 +65,7 @@ def test_the_key_as_a_password_opens_everything(open_page: Callable[..., Any]) -
         for path in ("/", "/page/main.js", "/live"):
             with pytest.raises(HTTPError, match="401"):
                 urlopen(served.address + path)
+        page.close()  # or it would miss its server
     finally:
         served.kill()
 
@@ -90,6 +87,7 @@ def test_it_connects_again_when_the_server_was_restarted(open_page: Callable[...
         page.get_by_role("button", name="Send").click()
         expect(page.locator(".message.assistant .note").last).to_contain_text("token")
         assert [text for text in page.complaints if "ERR_" not in text] == []
+        page.close()
         page.complaints.clear()
     finally:
         served.kill()
