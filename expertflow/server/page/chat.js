@@ -97,7 +97,7 @@ export class Chat {
     if (tokens) notes.push(plural(tokens, "token"));
     if (tokens > 1 && taken > 0) notes.push(`${digits((tokens - 1) / taken)} tokens/s`);
     if (first) notes.push(`first after ${seconds((first - started) / 1000)}`);
-    if (ended === "length") notes.push("cut at the most tokens that were asked for");
+    if (ended === "length") notes.push("ended by the limit");
     if (ended === "stopped") notes.push("stopped");
     shown.note.textContent = notes.join(" · ");
     return text;
