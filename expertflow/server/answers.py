@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from expertflow.engine.logprobs import TokenLogprobs
 from expertflow.server.generation import Generation, Token
 
+_TEXTS_KEPT = 2**17  # more than most vocabularies have
 _LEAST_LOGPROB = -9999.0  # of what cannot be; JSON has no infinity
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -26,8 +28,10 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
+        # 21 for each token of each stream, in the event loop: decoding them anew took most of its time.
+        self.of = lru_cache(_TEXTS_KEPT)(self._decoded)
 
-    def of(self, token_id: int) -> str:
+    def _decoded(self, token_id: int) -> str:
         text = self._tokenizer.decode(
             [token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from expertflow import LLM
-from tests.server.running import Running, chat_checkpoint, running
+from tests.server.running import WAIT_SECONDS, Running, chat_checkpoint, running
 
 
 @pytest.fixture(scope="session")
@@ -23,5 +23,5 @@ def llm(chat_folder: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def served(llm: LLM) -> Iterator[Running]:
-    with running(llm, queue=16, served_model_name="tiny", write_seconds=2.0) as server:
+    with running(llm, queue=16, served_model_name="tiny", write_seconds=2 * WAIT_SECONDS) as server:
         yield server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,10 +110,12 @@ class Running:
 
 
 @contextmanager
-def running(llm: LLM, **settings: Any) -> Iterator[Running]:
-    """In a thread of its own, until the block ends."""
+def running(llm: LLM, *, small_buffers: bool = False, **settings: Any) -> Iterator[Running]:
+    """In a thread of its own, until the block ends. small_buffers: the kernel takes few bytes that nobody reads."""
     wanted = ServerSettings(port=0, **settings)
     turnstile, bound = Turnstile(), listening_socket(wanted)
+    if small_buffers:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)
     server, driver = make_server(llm, Engine(llm, scheduler=turnstile), wanted)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])), name="test-server")
     thread.start()

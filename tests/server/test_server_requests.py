@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from expertflow import LLM, SamplingParams
+from expertflow.server import streams
 from tests.server.running import WAIT_SECONDS, Answered, Running, events_of, running
 
 LONG = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
@@ -110,33 +111,61 @@ def test_a_deadline_ends_a_request(llm: LLM) -> None:
         until(lambda: server.driver.outstanding == 0)
 
 
-def test_a_slow_reader_holds_nobody_up_and_loses_nothing(served: Running) -> None:
-    """Its socket takes 4 KiB; the answer is far longer. All others are answered while it has read nothing."""
+def connect_slowly(server: Running) -> socket.socket:
+    """A request for far more than the buffers between server and client hold, whose answer nobody reads yet."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.connect(("127.0.0.1", served.port))
-    body = json.dumps(LONG | {"stream": True, "logprobs": 20, "n": 1}).encode()
+    sock.settimeout(WAIT_SECONDS)
+    sock.connect(("127.0.0.1", server.port))
+    wanted = LONG | {"stream": True, "logprobs": 20, "n": 8, "temperature": 1.0, "seed": 1}
+    body = json.dumps(wanted).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    with sock:
-        sock.sendall(head.encode() + body)
-        until(lambda: served.driver.outstanding == 1)
+    sock.sendall(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+    return sock
+
+
+def test_a_slow_reader_holds_nobody_up_and_loses_nothing(llm: LLM) -> None:
+    """Others are answered while it has read nothing, and its own answers are decoded to their end."""
+    with running(llm, small_buffers=True, write_seconds=2 * WAIT_SECONDS) as server:
+        check_slow_reader(server)
+
+
+def check_slow_reader(served: Running) -> None:
+    before = served.driver.engine.stats.finished
+    with connect_slowly(served) as sock:
+        until(lambda: served.driver.outstanding >= 8)
         for _ in range(3):
             assert served.complete(max_tokens=4).status == 200
-        until(lambda: served.driver.outstanding == 0)  # decoded to its end
+        until(lambda: served.driver.outstanding == 0)
+        assert served.driver.engine.stats.finished == before + 4
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)  # it was slow for long enough
         received = b""
         while part := sock.recv(65536):
             received += part
+    assert len(received) > 400_000, "it may have fitted into the buffers: the test sees nothing"
     assert received.endswith(b"0\r\n\r\n"), "the stream ended as it should"
-    assert received.count(b"data: ") >= 2
-    assert b'"finish_reason":"length"' in received
-    (output,) = served.llm.generate("Hello", SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
-    texts = [
-        json.loads(line[6:])["choices"][0]["text"]
-        for line in received.split(b"\n")
-        if line.startswith(b"data: {")
-    ]
-    assert "".join(texts) == output.outputs[0].text
+    params = SamplingParams(temperature=1.0, seed=1, n=8, max_tokens=100, ignore_eos=True)
+    (output,) = served.llm.generate("Hello", params)
+    texts = [""] * 8
+    for line in received.split(b"\n"):
+        if line.startswith(b"data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                texts[choice["index"]] += choice["text"]
+    assert texts == [answer.text for answer in output.outputs]
+
+
+def test_a_client_that_takes_no_byte_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_LOOK_SECONDS", 0.05)
+    with running(llm, small_buffers=True, write_seconds=0.2) as server, connect_slowly(server) as sock:
+        until(lambda: "cancelled" in server.ask("/metrics").body.decode())
+        until(lambda: server.driver.outstanding == 0)
+        received = b""
+        try:
+            while part := sock.recv(65536):
+                received += part
+        except ConnectionResetError:
+            pass
+        assert b"[DONE]" not in received
 
 
 def test_an_answer_that_fails_is_one_clients_and_says_no_more_than_an_id(
