@@ -28,7 +28,10 @@ COMMANDS = {
 }
 _ALIASES = {"/reset": "/clear", "/exit": "/quit"}
 _COMMAND = re.compile(r"/[a-z]+(\s|$)")  # "/etc/hosts is where?" is none
-_SETTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed")
+_SETTABLE = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "max_tokens", "seed",
+)  # fmt: skip
 
 Show = Callable[[Iterable[str]], object]
 

@@ -23,6 +23,7 @@ const chat = new Chat(find("chat"), askForKey);
 const table = layerTable(find("table"));
 let cells = null;
 let state = "connecting";
+let following = null; // one connection at a time, whoever asks for it
 
 themeButton(find("theme"), () => {
   map.restyle();
@@ -39,7 +40,7 @@ find("key-form").addEventListener("submit", (event) => {
 start();
 
 function start() {
-  follow({ event: show, state: tell });
+  following ??= follow({ event: show, state: tell }).finally(() => { following = null; });
 }
 
 function tell(now, error) {
@@ -84,6 +85,7 @@ function show(event) {
   const experts = event.resident_LE.flat().filter((held) => held >= 0).length;
   const predictor = event.predictor ? `; predicted by ${event.predictor.name}` : "";
   find("held").textContent = `room for ${count(event.slots)} of ${count(experts)}, ${bytes(event.slot_bytes)} each${predictor}`;
+  find("gate").textContent = event.predictor?.gate ? `Prefetching ${event.predictor.gate}` : "";
   figures.update(event);
   map.update(cells);
   steps.update(event.steps);

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ class Served:
         for line in self._process.stderr:
             said.append(line)
             if line.startswith("serving "):
+                # What it logs is read, or it would wait for that one day.
+                threading.Thread(target=self._process.stderr.read, daemon=True).start()
                 return
         raise AssertionError("it did not start: " + "".join(said))
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
 
     def stats(self) -> Any:
         with urllib.request.urlopen(f"{self.address}/stats", timeout=60) as response:

@@ -44,6 +44,7 @@ def test_an_answer_streams_in_and_the_map_shows_it(served: Served, page: Any) ->
     assert sum(int(number.replace(",", "")) for number in uses) >= used + 120
     for figure in ("speed", "hits", "link", "stall", "predictor"):
         expect(page.locator(f"#figure-{figure}")).to_have_text(re.compile(r"\d"))
+    expect(page.locator("#gate")).to_have_text(f"Prefetching {served.stats()['predictor']['gate']}")
     stats = served.stats()["cache"]
     shown = float(page.locator("#figure-hits").text_content().split()[0])
     assert abs(shown / 100 - stats["hits"] / (stats["hits"] + stats["misses"])) < 0.05
