@@ -13,6 +13,7 @@ import typer
 
 from expertflow import __version__
 from expertflow.commands.batch import batch
+from expertflow.commands.chat import chat
 from expertflow.commands.check import check, demo
 from expertflow.commands.plan import measure, plan
 from expertflow.commands.predictors import eval_predictor, train_predictor
@@ -46,6 +47,7 @@ MODEL is a folder or a model of the Hugging Face hub, such as Qwen/Qwen1.5-MoE-A
 for command in (
     plan,
     run,
+    chat,
     serve,
     batch,
     check,

@@ -1,10 +1,11 @@
-"""`expertflow run --chat` as a person has it: on a pseudo-terminal, with the embedded model."""
+"""`expertflow run --chat` and `expertflow chat` as a person has them: on a pseudo-terminal, with the embedded model."""
 
 from __future__ import annotations
 
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -155,3 +156,40 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(tmp_path: Path) -> None
         terminal.close()
     # Both answers together are shorter than one that nobody stops.
     assert 0 < json.loads(saved.read_text())["timing"]["generated_tokens"] < 900
+
+
+STATUS = re.compile(
+    r"^6 tokens, [\d.]+ tokens/s, hit ratio [\d.]+%, stalled [\d.]+ s, first in [\d.]+ s$", re.MULTILINE
+)
+
+
+def test_chat_says_beneath_each_answer_what_the_cache_did() -> None:
+    flags = ["--cache-size", 8, "--temperature", 0, "--ignore-eos", "--max-tokens", 6]
+    terminal = Terminal("chat", ROOT / "models" / "tiny-moe", *flags)
+    try:
+        assert "/help says more" in terminal.read_until("> ")
+        terminal.type("Who was Moses?\n")
+        terminal.read_until("Who was Moses?\n")
+        answer = terminal.read_until("> ")
+        assert STATUS.search(answer), answer
+        assert (
+            STATUS.sub("", answer).removesuffix("> ").split() == expected_answers("Who was Moses?")[0].split()
+        )
+        terminal.type("/set max_tokens 900\n")
+        terminal.read_until("> ")
+        terminal.type("Tell me a story.\n")
+        terminal.read_until("Tell me a story.\n")
+        terminal.read_answer(40)
+        terminal.type(CTRL_C)
+        assert re.search(r"\d+ tokens, .* first in", terminal.read_until("\n> "))
+        terminal.type("/history\n")
+        told = terminal.read_until("\n> ")
+        assert "user: Who was Moses?" in told
+        assert "user: Tell me a story." in told
+        terminal.type("/stats\n")
+        assert "experts by layer (48 of 192 held" in terminal.read_until("\n> ")
+        terminal.type(CTRL_D)
+        assert terminal.read_to_the_end().strip() == ""
+        assert terminal.status == 0
+    finally:
+        terminal.close()

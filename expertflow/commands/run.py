@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from expertflow.commands.conversation import Conversation
 from expertflow.commands.flags import ModelArgument, RevisionOption, TimelineOption, takes
 from expertflow.commands.session import (
     check_can_write,
@@ -19,11 +18,9 @@ from expertflow.commands.session import (
     saved_timeline,
     write_answer,
 )
+from expertflow.commands.speakers import LocalModel
 from expertflow.config import Settings
 from expertflow.engine.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from expertflow.engine.llm import LLM
 
 
 @takes(settings=Settings, sampling=SamplingParams)
@@ -73,14 +70,14 @@ def run(
     SamplingParams(**sampling)  # before seconds of loading
     text = _read_prompt(prompt, file, chat)
     with load(model, revision, settings) as llm, saved_timeline(llm, timeline):
-        params = sampling_params(llm, sampling)
-        length_given = "max_tokens" in sampling
         try:
             if chat:
-                _converse(llm, params, text, system, length_given)
+                speaker = LocalModel(llm, sampling)
+                speaker.check()  # before any waiting
+                Conversation(speaker, system=system).run(text)
             else:
                 assert text is not None, "without --chat there is a prompt"
-                write_answer(llm, text, params, length_given)
+                write_answer(llm, text, sampling_params(llm, sampling), "max_tokens" in sampling)
         finally:
             report_run(llm, stats, stats_json, heatmap)
 
@@ -98,58 +95,3 @@ def _read_prompt(prompt: str | None, file: Path | None, chat: bool) -> str | Non
             "no prompt: give it as an argument, with --file, or on stdin; or --chat for a conversation"
         )
     return sys.stdin.read()
-
-
-def _converse(
-    llm: LLM, params: SamplingParams, first: str | None, system: str | None, length_given: bool
-) -> None:
-    """Turns until end of input. On a terminal Ctrl-C stops an answer, and leaves at the prompt."""
-    start = [{"role": "system", "content": system}] if system is not None else []
-    llm.encode_chat([*start, {"role": "user", "content": ""}])  # no template is an error before any waiting
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if interactive:
-        typer.echo("Ctrl-D leaves, Ctrl-C stops an answer, /clear starts over.", err=True)
-    messages = list(start)
-    turns = iter(functools.partial(_read_turn, interactive), None)
-    if first is not None:
-        turns = iter([first]) if not interactive and sys.stdin.isatty() else _chain(first, turns)
-    for turn in turns:
-        if turn.strip() == "/clear":
-            messages = list(start)
-            continue
-        if not turn.strip():
-            continue
-        messages.append({"role": "user", "content": turn})
-        try:
-            answer = write_answer(llm, llm.encode_chat(messages), params, length_given)
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            messages.pop()
-            continue
-        except ValueError as error:  # the conversation outgrew the context
-            if not interactive:
-                raise
-            typer.echo(f"error: {error}; /clear starts over", err=True)
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": answer})
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def _read_turn(interactive: bool) -> str | None:
-    """One line of the user's, None at the end of input."""
-    if not interactive:
-        line = sys.stdin.readline()
-        return line.rstrip("\n") if line else None
-    import readline  # noqa: F401  # gives input() history and editing
-
-    try:
-        return input("> ")
-    except EOFError:
-        typer.echo()
-        return None

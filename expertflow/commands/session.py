@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from expertflow.engine.engine import Engine
     from expertflow.engine.llm import LLM
+
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 _PIPE_WIDTH = 200
@@ -64,19 +66,33 @@ def sampling_params(llm: LLM, given: dict[str, Any]) -> SamplingParams:
     return replace(recommended, **given)
 
 
+def fitting(llm: LLM, prompt: str | list[int], params: SamplingParams, length_given: bool) -> SamplingParams:
+    """The same parameters; unless a length was given, with as many tokens as the context still holds."""
+    if length_given:
+        return params
+    ids = prompt if isinstance(prompt, list) else list(llm.tokenizer(prompt).input_ids)
+    room = llm.context - len(ids)
+    return replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room)) if room > 0 else params
+
+
 def write_answer(llm: LLM, prompt: str | list[int], params: SamplingParams, length_given: bool) -> str:
     """Stream an answer to stdout; returns it."""
-    if not length_given:
-        ids = prompt if isinstance(prompt, list) else list(llm.tokenizer(prompt).input_ids)
-        room = llm.context - len(ids)
-        if room > 0:
-            params = replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room))
-    pieces = []
-    stream = llm.stream(prompt, params)
+    return write_pieces(llm.stream(prompt, fitting(llm, prompt, params, length_given)))
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a model writes is to move no cursor and to set no title."""
+    return text.translate(_CONTROLS)
+
+
+def write_pieces(pieces: Iterable[str]) -> str:
+    """To stdout, as they come; returns the whole."""
+    written = []
+    terminal = sys.stdout.isatty()
     try:
-        for piece in stream:
-            pieces.append(piece)
-            sys.stdout.write(piece)
+        for piece in pieces:
+            written.append(piece)
+            sys.stdout.write(printable(piece) if terminal else piece)
             sys.stdout.flush()
     except KeyboardInterrupt:
         if not sys.stdout.isatty():
@@ -85,7 +101,7 @@ def write_answer(llm: LLM, prompt: str | list[int], params: SamplingParams, leng
         raise
     sys.stdout.write("\n")
     sys.stdout.flush()
-    return "".join(pieces)
+    return "".join(written)
 
 
 def check_can_write(stats_json: Path | None, heatmap: Path | None, timeline: Path | None) -> None:

@@ -145,7 +145,7 @@ class LLM:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
                 f"{self.name} has no chat template, so it is probably no chat model; give it plain prompts "
-                f"(without --chat), or use an instruct version of the model"
+                f"(`run` without --chat, `chat --raw`), or use an instruct version of the model"
             )
         encoded: Any = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages], add_generation_prompt=True, return_dict=True

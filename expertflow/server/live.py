@@ -70,6 +70,7 @@ def snapshot(driver: EngineDriver) -> dict[str, Any]:
             "name": predicting.name,
             "recall": round(predicting.stats.recall, 4),
             "precision": round(predicting.stats.precision, 4),
+            "gate": predicting.stats.gate,
         },
         "steps": [
             {

@@ -100,7 +100,8 @@ def test_the_forecast_and_its_quality_are_shown(predicted: Running) -> None:
     found = snapshot(predicted.driver)
     stats = predicted.llm.experts.predicting.stats  # type: ignore[union-attr]
     assert found["predictor"] == {
-        "name": "online", "recall": round(stats.recall, 4), "precision": round(stats.precision, 4)
+        "name": "online", "recall": round(stats.recall, 4), "precision": round(stats.precision, 4),
+        "gate": stats.gate,
     }  # fmt: skip
     assert stats.passes > 0
     if found["predicted_LE"] is not None:  # the gate may have stopped it
