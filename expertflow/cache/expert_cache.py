@@ -442,7 +442,9 @@ class ExpertCache:
             else:
                 # A later demand will try again and, if it fails again, say so to someone who can act on it.
                 logger.warning("prefetch of %s failed: %s", expert, error)
-                self._abandon(expert)
+                self._count_unused(expert)
+                self._record("prefetch_failed", expert)
+                self._execute(self.plan.prefetch_failed(expert))
 
     def _record(self, *event: object) -> None:
         if self._events is not None:
