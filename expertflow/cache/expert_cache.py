@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ class ExpertCache:
             self._record("refine", layer, p_E)
             self._execute(self.plan.refine(layer, p_E))
 
-    def open_layer(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Weights]]:
+    def open_layer(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Weights], None, None]:
         """Yield (expert, its weights by role) for each of `experts`, ready ones first.
 
         experts: distinct ids; more than there are slots run in waves. The weights are valid until the

@@ -174,7 +174,7 @@ class CachePlan:
         return self._assign()
 
     def prefetch_failed(self, expert: ExpertId) -> list[Action]:
-        """As load_abandoned. The policy would name it again at once, and again: it has to wait until its layer opens."""
+        """As load_abandoned. The policy would name it again at once, and for ever: it waits until its layer opens."""
         self._unreadable.add(expert)
         return self.load_abandoned(expert)
 
