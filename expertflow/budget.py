@@ -7,8 +7,10 @@ libraries too, on an accelerator what torch has reserved there before.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 
@@ -163,20 +165,38 @@ def process_bytes() -> int:
 
 
 def free_bytes() -> int:
-    """What this process may use: its own resident set plus 90 % of what the machine and its cgroup leave."""
+    """What this process may use: its own resident set plus 90 % of what the machine and its cgroups leave."""
     available = psutil.virtual_memory().available
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for limit_file, usage_file in _memory_groups():
         try:
-            limit, usage = (int(Path(name).read_text()) for name in (limit_file, usage_file))
+            limit, usage = (int(file.read_text()) for file in (limit_file, usage_file))
         except (OSError, ValueError):  # no such controller, or "max"
             continue
         # The page cache is charged to the group and given back when somebody needs the memory.
-        cached = _file_cache_bytes(Path(limit_file).with_name("memory.stat"))
+        cached = _file_cache_bytes(limit_file.with_name("memory.stat"))
         available = min(available, max(0, limit - usage + min(cached, usage)))
     return process_bytes() + int(available * 0.9)
+
+
+def _memory_groups() -> Iterator[tuple[Path, Path]]:
+    """Where the limit and the usage of this process's memory cgroup stand, and of each above it: all of them bind.
+
+    A service or a job of a batch system has a group of its own. In a container its path may be the host's, and not
+    be there; then the container's group is what is mounted as the root.
+    """
+    own: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            own.update(dict.fromkeys(controllers.split(","), group))
+    for mount, controller, limit, usage in (
+        ("/sys/fs/cgroup", "", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        path = PurePosixPath(own.get(controller, "/"))
+        for group_path in (path, *path.parents):
+            folder = Path(f"{mount}{group_path}")
+            yield folder / limit, folder / usage
 
 
 def _file_cache_bytes(memory_stat: Path) -> int:

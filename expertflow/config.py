@@ -83,8 +83,18 @@ class Settings:
                     f"one of them"
                 )
         object.__setattr__(self, "device", str(self.device))
-        if self.cache_size is not None and not self.cache_size > 0:
-            raise ValueError(f"cache_size={self.cache_size} must be above 0 experts per layer")
+        if self.cache_size is not None and not _is_above_zero(self.cache_size):
+            raise ValueError(
+                f"cache_size={self.cache_size!r} must be a finite number above 0 experts per layer"
+            )
+        for name, allowed in (
+            ("direct_io", (True, False, None)),
+            ("overlap", (True, False)),
+            ("look_ahead", (True, False)),
+        ):
+            if not any(getattr(self, name) is value for value in allowed):
+                # "false" would count as true.
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {' or '.join(map(str, allowed))}")
         for name in ("context", "batch", "prefill_chunk"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -208,8 +218,9 @@ def _parse(
     said = size if said is None else said
     if isinstance(size, bool) or not isinstance(size, (str, int)):
         raise ValueError(f"{name}={said!r} is neither text such as {example} nor a whole number of {what}")
+    number: float
     if isinstance(size, int):
-        number, unit = float(size), "b"
+        number, unit = size, "b"
     else:
         text = size.strip()
         digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
@@ -226,12 +237,17 @@ def _parse(
             raise ValueError(
                 f"{name}={said!r}: unknown unit {unit!r}; use B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
             )
-    if not 0 < number < float("inf"):
+    if not 0 < number * _UNITS[unit] < float("inf"):
         raise ValueError(f"{name}={said!r} must be above zero and finite; write for example {example}")
     nbytes = int(number * _UNITS[unit])
     if not nbytes:
         raise ValueError(f"{name}={said!r} is less than a byte; write for example {example}")
     return nbytes
+
+
+def _is_above_zero(value: object) -> bool:
+    """A finite number above zero."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _with_unit(name: str, number: str) -> str:

@@ -329,6 +329,11 @@ def _encode(meta: TraceMeta, sequence: TracedSequence) -> bytes:
     has_weights = sequence.target_weights_TLK is not None
     check_sequence(meta, sequence, where)
     task = sequence.task.encode()
+    if not (0 <= sequence.prompt < 2**64 and 0 <= sequence.run < 2**32 and len(task) < 2**16):
+        raise ValueError(
+            f"{where} with a task of {len(task)} bytes does not fit a record: prompts are 0 to 2**64 - 1, runs 0 to "
+            f"2**32 - 1, and a task takes at most {2**16 - 1} bytes; shorten the task"
+        )
     parts = [
         _PAYLOAD.pack(
             sequence.prompt,

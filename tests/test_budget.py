@@ -15,11 +15,17 @@ GIB = 2**30
 
 @pytest.fixture
 def group(tmp_path, monkeypatch):
-    """A memory cgroup in a folder: write(limit, usage, stat) makes it the only one there is."""
+    """Memory cgroups in folders: write(folder, ..., limit, usage, stat) makes one; there are no others.
 
-    def write(folder: str, limit_file: str, usage_file: str, limit: str, usage: int, stat: str) -> None:
+    The process is in that of its `own` text, /proc/self/cgroup.
+    """
+
+    def write(
+        folder: str, limit_file: str, usage_file: str, limit: str, usage: int, stat: str, own: str = "0::/"
+    ) -> None:
         at = tmp_path / folder
-        at.mkdir(exist_ok=True)
+        at.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "own").write_text(own)
         for name, text in ((limit_file, limit), (usage_file, str(usage)), ("memory.stat", stat)):
             (at / name).write_text(text)
 
@@ -28,7 +34,7 @@ def group(tmp_path, monkeypatch):
             first = str(parts[0]) if parts else ""
             if first.startswith("/sys/fs/cgroup"):
                 parts = (str(tmp_path) + first.removeprefix("/sys/fs/cgroup"), *parts[1:])
-            return Path(*parts)
+            return Path(tmp_path / "own") if first == "/proc/self/cgroup" else Path(*parts)
 
     monkeypatch.setattr(budget, "Path", Redirected)
     monkeypatch.setattr(budget, "process_bytes", lambda: 0)
@@ -46,6 +52,29 @@ def test_version_1_counts_children(group):
     stat = f"inactive_file 1\nactive_file 1\ntotal_inactive_file {2 * GIB}\ntotal_active_file {GIB}\n"
     group("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", str(10 * GIB), 5 * GIB, stat)
     assert budget.free_bytes() == int(8 * GIB * 0.9)
+
+
+@pytest.mark.parametrize(
+    ("root", "limit", "usage", "own"),
+    [
+        (".", "memory.max", "memory.current", "0::/system.slice/expertflow.service\n"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "4:cpu,memory:/slurm/job 7\n0::/\n"),
+    ],
+)
+def test_the_group_of_a_service_or_a_job_binds_and_so_do_those_above(group, root, limit, usage, own):
+    """Only the root's limit was once read, and a job with 8 of 100 GiB planned for 90."""
+    path = own.splitlines()[0].split(":")[2].removeprefix("/")
+    group(f"{root}/{path}", limit, usage, str(8 * GIB), 2 * GIB, "", own)
+    assert budget.free_bytes() == int(6 * GIB * 0.9)
+    above = path.split("/")[0]
+    group(f"{root}/{above}", limit, usage, str(20 * GIB), 15 * GIB, "", own)
+    assert budget.free_bytes() == int(5 * GIB * 0.9)
+
+
+def test_in_a_container_the_root_is_its_group(group):
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    group("memory", *names, str(10 * GIB), 4 * GIB, "", own="4:memory:/docker/0123abc\n")
+    assert budget.free_bytes() == int(6 * GIB * 0.9)
 
 
 @pytest.mark.parametrize("stat", ["", "nonsense\n"])

@@ -223,6 +223,16 @@ def test_an_interrupted_append_leaves_no_half_record(tmp_path: Path) -> None:
     assert same(second, kept)
 
 
+@pytest.mark.parametrize("change", [{"task": "x" * 2**16}, {"run": 2**32}, {"prompt": -1}, {"prompt": 2**64}])
+def test_what_no_record_can_hold_is_refused(tmp_path: Path, change: dict) -> None:
+    """A task comes from the user's data set; struct once refused it in its own words, after hours of recording."""
+    with TraceWriter(tmp_path, META) as writer:
+        with pytest.raises(ValueError, match=r"does not fit a record: .* at most 65535 bytes"):
+            writer.append(replace(random_sequence(META, 1), **change))
+        writer.append(random_sequence(META, 1))
+    assert len(read_trace(tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ class ExpertCache:
     @property
     def stats(self) -> CacheStats:
         """Counters up to now; ask again for later ones, since `open_ready` is counted when somebody asks."""
-        with self._condition:
+        with self._lock:
             self._catch_up()
         return self._stats
 
@@ -130,7 +129,7 @@ class ExpertCache:
     @property
     def events(self) -> list[tuple] | None:
         """The inputs and actions of the plan up to now, if they are recorded."""
-        with self._condition:
+        with self._lock:
             self._catch_up()
         return self._events
 
@@ -141,7 +140,7 @@ class ExpertCache:
         """
         experts = list(experts)
         self._verify_known(experts)
-        with self._changing_books():
+        with self._lock, _Step(self):
             self._record("prefetch", tuple(experts))
             self._execute(self.plan.prefetch(experts))
 
@@ -153,7 +152,7 @@ class ExpertCache:
         """
         if forecast is not None:
             forecast = forecast.within_bounds(self.shape)
-        with self._changing_books():
+        with self._lock, _Step(self):
             self._record("begin_pass", forecast)
             self._execute(self.plan.begin_pass(forecast))
 
@@ -162,11 +161,11 @@ class ExpertCache:
         if not 0 <= layer < self.shape.num_layers:
             raise ValueError(f"layer {layer} of {self.shape.num_layers} cannot be predicted")
         p_E = probabilities(p_E, self.shape.experts_per_layer[layer])
-        with self._changing_books():
+        with self._lock, _Step(self):
             self._record("refine", layer, p_E)
             self._execute(self.plan.refine(layer, p_E))
 
-    def open_layer(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Weights]]:
+    def open_layer(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Weights], None, None]:
         """Yield (expert, its weights by role) for each of `experts`, ready ones first.
 
         experts: distinct ids; more than there are slots run in waves. The weights are valid until the
@@ -184,10 +183,10 @@ class ExpertCache:
         turn = object()
         self.close_ready()  # left open if Ctrl-C came at the very entry of that call
         try:
-            with self._condition:
+            with self._lock:
                 self._wait_in_line(turn)
             started = time.perf_counter()
-            with self._changing_books():
+            with self._lock, _Step(self):
                 pending.update(dict.fromkeys(needed))
                 if self._queues:  # those whose copies are queued now come after those that are there
                     pending = dict.fromkeys(sorted(pending, key=self.table.is_ready, reverse=True))
@@ -203,10 +202,10 @@ class ExpertCache:
                 return
             while pending:
                 if current is not None:
-                    with self._changing_books():
+                    with self._lock, _Step(self):
                         self._release(current)
                         current = None
-                with self._condition:
+                with self._lock:
                     while (ready := self._next_ready(pending)) is None:
                         stalled = time.perf_counter()
                         self._condition.wait()
@@ -220,17 +219,16 @@ class ExpertCache:
                         self._hand_out(ready, pending)
                 yield ready.expert, self._weights[ready]
         finally:
-            with self._condition:
-                was_open = next(iter(self._line), None) is turn
+            with self._lock:
                 try:
-                    if was_open and self._broken is None:
-                        with self._changing_books(even_if_closed=True):
-                            self._leave(current, pending)
+                    if next(iter(self._line), None) is turn:
+                        counters.open_seconds += time.perf_counter() - started
+                        if self._broken is None:
+                            with _Step(self, even_if_closed=True):
+                                self._leave(current, pending)
                 finally:
                     self._line.pop(turn, None)
                     self._condition.notify_all()
-            if was_open:
-                counters.open_seconds += time.perf_counter() - started
 
     def open_ready(self, layer: int, experts: Sequence[int]) -> list[Weights] | None:
         """The weights of all of these distinct experts if they are ready and nobody waits for anything, else None.
@@ -265,7 +263,7 @@ class ExpertCache:
                 return
             try:
                 if self._pinned_late and self._broken is None:
-                    with self._changing_books(even_if_closed=True):
+                    with _Step(self, even_if_closed=True):
                         while self._pinned_late:
                             self._release(self._pinned_late.pop(0))
             finally:
@@ -276,38 +274,24 @@ class ExpertCache:
                     self._condition.notify_all()
 
     def reset_stats(self) -> None:
-        with self._condition:
+        with self._lock:
             self._catch_up()
             self._stats.reset()
             self._prefetched_unused.clear()
 
     def wait_idle(self) -> None:
         """Return when no load is queued or under way, or the cache is closed (tests and benchmarks)."""
-        with self._condition:
+        with self._lock:
             while not (self._loader.idle or self._closed or self._broken):
                 self._condition.wait()
 
     def close(self) -> None:
         """Stop the loader: on return no read is under way. Idempotent; a layer that is open in another
         thread gets a RuntimeError. The weights must not be used afterwards."""
-        with self._condition:
+        with self._lock:
             self._closed = True
             self._short_way = False
         self._loader.close()  # wakes every thread that waits
-
-    @contextmanager
-    def _changing_books(self, even_if_closed: bool = False) -> Iterator[None]:
-        """Hold the lock over one step of the books. A step cut short (Ctrl-C between two lines, a bug)
-        leaves experts in slots that the books do not know: then nothing may be read any more."""
-        with self._condition:
-            self._verify_usable(even_if_closed)
-            try:
-                self._catch_up()
-                yield
-            except BaseException as error:
-                self._broken = error
-                self._condition.notify_all()
-                raise
 
     def _catch_up(self) -> None:
         """Enter the layers of `open_ready` in the books, before anything else is decided or read from them.
@@ -328,7 +312,7 @@ class ExpertCache:
                 else:
                     for expert in needed:
                         self._release(expert)
-        except BaseException as error:  # as in _changing_books, which not every caller is in
+        except BaseException as error:  # as in _Step, which not every caller is in
             self._broken = error
             self._condition.notify_all()
             raise
@@ -461,7 +445,9 @@ class ExpertCache:
     def _load_finished(
         self, expert: ExpertId, nbytes: int, seconds: float, error: BaseException | None
     ) -> None:
-        with self._changing_books(even_if_closed=True):
+        if self._broken is not None:
+            return  # whoever asks is told; the loader's thread has nobody to tell
+        with _Step(self, even_if_closed=True):
             self._stats.layers[expert.layer].bytes_read += nbytes
             self._stats.read_seconds += seconds
             self._stats.io_mode = self.store.io_mode  # known for sure only after reads
@@ -477,8 +463,31 @@ class ExpertCache:
             else:
                 # A later demand will try again and, if it fails again, say so to someone who can act on it.
                 logger.warning("prefetch of %s failed: %s", expert, error)
-                self._abandon(expert)
+                self._count_unused(expert)
+                self._record("prefetch_failed", expert)
+                self._execute(self.plan.prefetch_failed(expert))
 
     def _record(self, *event: object) -> None:
         if self._events is not None:
             self._events.append(event)
+
+
+class _Step:
+    """One step of a cache's books, to be taken with its lock held. A step cut short (Ctrl-C between two lines, a bug)
+    leaves experts in slots that the books do not know: then nothing may be read any more.
+
+    The lock is no business of this class: Python may raise Ctrl-C at the entry of any function of its own, `__exit__`
+    among them (and those of Condition and contextlib), and only an RLock is given back without one.
+    """
+
+    def __init__(self, cache: ExpertCache, even_if_closed: bool = False):
+        self._cache, self._even_if_closed = cache, even_if_closed
+
+    def __enter__(self) -> None:
+        self._cache._verify_usable(self._even_if_closed)
+        self._cache._catch_up()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._cache._broken = error
+            self._cache._condition.notify_all()

@@ -13,7 +13,9 @@ LEARNING = (
     32  # with prefetching, before the first trial: predictors that learn while serving know nothing at first
 )
 WINDOW, SETTLING = 10, 3
-WINDOWS = ("on", "off", "on", "off")  # pairs, so that a disturbance in one of them decides nothing
+# Pairs, so that a disturbance in one of them decides nothing. What was decided comes first: where rows come and go,
+# trials begin anew again and again, and few passes then do otherwise.
+WINDOWS = ("decided", "other", "decided", "other")
 HOLD, LONGEST_HOLD = 256, 4096  # between trials; doubled each time that one changes nothing
 MARGIN = 0.02  # by which the other way must be faster: less is chance
 
@@ -35,7 +37,7 @@ class PayoffGate:
     @property
     def open(self) -> bool:
         """Whether the next pass is to prefetch."""
-        return self.on if self._window is None else WINDOWS[self._window] == "on"
+        return self.on if self._window is None else self.on == (WINDOWS[self._window] == "decided")
 
     def passed(self, seconds: float, kind: int) -> None:
         """A pass is over. kind: passes of one kind have as much to do (rows of the batch)."""
@@ -63,7 +65,9 @@ class PayoffGate:
 
     def _decide(self) -> None:
         medians = [median(seconds) for seconds in self._seconds]
-        pairs = list(zip(medians[::2], medians[1::2], strict=True))  # (with, without)
+        decided, other = medians[::2], medians[1::2]
+        with_and_without = (decided, other) if self.on else (other, decided)
+        pairs = list(zip(*with_and_without, strict=True))
         if self.on:
             on = any(with_it <= without * (1 + MARGIN) for with_it, without in pairs)
         else:

@@ -92,6 +92,7 @@ class CachePlan:
         self._expected: set[ExpertId] = set()  # predicted, and their layer has not opened since
         self._prefetching: dict[ExpertId, _Stage] = {}  # given to the loader, not there yet; latest last
         self._under_way: set[ExpertId] = set()  # every load that has not ended, demands too
+        self._unreadable: set[ExpertId] = set()  # failed, and their layer has not opened since
 
     @property
     def content(self) -> bool:
@@ -139,6 +140,7 @@ class CachePlan:
         self.policy.layer_opened(layer, needed)
         self._hints = {expert: None for expert in self._hints if expert.layer != layer}
         self._expected = {expert for expert in self._expected if expert.layer != layer}
+        self._unreadable = {expert for expert in self._unreadable if expert.layer != layer}
         ready, in_flight, missing = [], [], []
         for expert in needed:
             if self.table.lookup(expert) is None:
@@ -164,12 +166,17 @@ class CachePlan:
         return self._assign()
 
     def load_abandoned(self, expert: ExpertId) -> list[Action]:
-        """The load was cancelled or failed. If it was pinned, whoever waits for it must give up first."""
+        """A demand failed, or a prefetch was cancelled. If it was pinned, whoever waits for it must give up first."""
         self._prefetching.pop(expert, None)
         self._under_way.discard(expert)
         self.table.abandon_load(expert)
         self.policy.evicted(expert)
         return self._assign()
+
+    def prefetch_failed(self, expert: ExpertId) -> list[Action]:
+        """As load_abandoned. The policy would name it again at once, and for ever: it waits until its layer opens."""
+        self._unreadable.add(expert)
+        return self.load_abandoned(expert)
 
     def cancel_refused(self, expert: ExpertId) -> list[Action]:
         """The loader has begun this load already; it will finish, and its slot comes free with it."""
@@ -225,7 +232,10 @@ class CachePlan:
         """Keep the link supplied with what the policy expects to be needed."""
         actions: list[Action] = []
         while len(self._under_way) < _MOST_UNDER_WAY:
-            expert = self.policy.next_prefetch(self.table.residents)
+            passed_over = (
+                self.table.residents | self._unreadable if self._unreadable else self.table.residents
+            )
+            expert = self.policy.next_prefetch(passed_over)
             if expert is None:
                 break
             offered: Container[ExpertId] = self.table.evictable

@@ -6,7 +6,8 @@ layout from the module's flags, never from model names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -191,16 +192,18 @@ def _arriving(attachment: Attachment, hidden_TD: Tensor, experts: list[int]) -> 
 
 
 def _looking_ahead(
-    attachment: Attachment, hidden_TD: Tensor, arriving: Iterator[tuple[int, Weights]]
+    attachment: Attachment, hidden_TD: Tensor, arriving: Generator[tuple[int, Weights], None, None]
 ) -> Iterator[tuple[int, Weights]]:
-    first = next(arriving)  # after this layer's demands went out, before anything is computed
-    if attachment.predicting is not None:
-        attachment.predicting.look_ahead(attachment.layer, hidden_TD)
-    if attachment.look_ahead is not None and (predicted := attachment.look_ahead.predict(hidden_TD)):
-        assert attachment.cache is not None
-        attachment.cache.prefetch(predicted)
-    yield first
-    yield from arriving
+    # Whoever keeps an error keeps this frame: without closing, the layer would stay open as long.
+    with closing(arriving):
+        first = next(arriving)  # after this layer's demands went out, before anything is computed
+        if attachment.predicting is not None:
+            attachment.predicting.look_ahead(attachment.layer, hidden_TD)
+        if attachment.look_ahead is not None and (predicted := attachment.look_ahead.predict(hidden_TD)):
+            assert attachment.cache is not None
+            attachment.cache.prefetch(predicted)
+        yield first
+        yield from arriving
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fakes import (
 
 from expertflow.cache import expert_cache
 from expertflow.cache.expert_cache import ExpertCache
-from expertflow.cache.policies import POLICIES, LayerLRU
+from expertflow.cache.policies import POLICIES, Forecast, LayerLRU
 from expertflow.core import ExpertId, MoEShape
 from expertflow.timeline import Timeline
 
@@ -179,6 +179,33 @@ def test_a_failed_prefetch_is_logged_and_costs_nothing_but_the_try(new_cache, ca
     broken.clear()
     consume(cache, 1, [3, 4])
     assert (cache.stats.layers[1].hits, cache.stats.layers[1].misses) == (1, 1)
+
+
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.looks_ahead])
+def test_a_prefetch_that_fails_is_not_tried_again_before_its_layer_opens(new_cache, policy):
+    """The policy named it again at once: 5000 failing reads a second, with a warning each, until the layer opened."""
+    cache = new_cache(6, policy=policy, record_events=True)
+    tries = []
+
+    def fail_twice(expert: ExpertId) -> None:
+        if expert == ExpertId(1, 2):
+            tries.append(expert)
+            if len(tries) <= 2:
+                raise OSError(5, "injected")
+
+    cache.store.before_read = fail_twice
+    forecast = Forecast([[0.0] * 6, [0, 0, 0.9, 0.8, 0, 0], [0.0] * 6])
+    for opened, tried in ([0], 1), ([1], 1), ([0], 2):
+        cache.begin_pass(forecast)
+        cache.refine(1, forecast.p_LE[1])
+        cache.wait_idle()
+        assert len(tries) == tried
+        assert cache.table.is_ready(ExpertId(1, 3)), "the others are fetched"
+        for layer in opened:
+            consume(cache, layer, [3])
+    consume(cache, 1, [2, 3])
+    done, decided = replayed_actions(cache, policy)
+    assert done == decided
 
 
 def test_a_prefetch_that_fails_once_a_layer_waits_for_it_is_raised_there(new_cache):

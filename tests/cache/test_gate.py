@@ -76,6 +76,16 @@ def test_passes_of_another_kind_are_not_compared():
     assert "8 rows" in gate.reason
 
 
+def test_where_rows_come_and_go_it_does_what_was_decided():
+    """Trials never end there. Each began with prefetching, so that 95 of 100 passes did what had lost."""
+    gate = PayoffGate()
+    drive(gate, LEARNING + TRIAL, 2.0, 1.0)
+    assert not gate.on
+    drive(gate, HOLD, 2.0, 1.0)
+    did = [prefetched for number in range(500) for prefetched in drive(gate, 1, 2.0, 1.0, kind=number % 3)]
+    assert not any(did)
+
+
 def test_one_slow_pass_decides_nothing():
     gate = PayoffGate()
     drive(gate, LEARNING, 1.0, 1.2)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from expertflow import ExpertFlowConfig
-from expertflow.models.lookahead import MAX_TOKENS
+from expertflow.models.lookahead import MAX_TOKENS, LookAhead
 from tests.families import write_checkpoint
 
 
@@ -65,3 +65,18 @@ def test_models_whose_routers_name_no_experts_run_without(tmp_path: Path) -> Non
         model(input_ids=torch.tensor([[7]]), decoder_input_ids=torch.tensor([[0]]))
     assert model.expertflow.cache.stats.prefetches == 0
     model.expertflow.close()
+
+
+def test_whoever_keeps_its_error_does_not_keep_the_layer_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The traceback holds the frame that asked, and that frame the open layer: the next pass of this thread was
+    refused, and those of other threads waited, for as long as somebody kept the error (a failed request does)."""
+    model = load(folder)
+    expected = step(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(LookAhead, "predict", lambda self, hidden_TD: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as kept:
+            step(model)
+    assert torch.equal(step(model), expected)
+    assert kept.value.__traceback__ is not None
