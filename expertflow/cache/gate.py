@@ -18,6 +18,7 @@ WINDOW, SETTLING = 10, 3
 WINDOWS = ("decided", "other", "decided", "other")
 HOLD, LONGEST_HOLD = 256, 4096  # between trials; doubled each time that one changes nothing
 MARGIN = 0.02  # by which the other way must be faster: less is chance
+ALIKE = 1.25  # passes are compared where one has at most so many times the rows of the other
 
 
 class PayoffGate:
@@ -29,7 +30,8 @@ class PayoffGate:
         self.switches = 0
         self._wait, self._hold = LEARNING, HOLD  # passes until the next trial; and after that one
         self._passes = 0
-        self._kind: int | None = None
+        self._rows: int | None = None  # of the pass with which the trial began
+        self._unlike = 0  # passes with other rows in this window
         self._window: int | None = None  # of WINDOWS; None: no trial
         self._in_window = 0
         self._seconds: list[list[float]] = [[] for _ in WINDOWS]
@@ -39,28 +41,31 @@ class PayoffGate:
         """Whether the next pass is to prefetch."""
         return self.on if self._window is None else self.on == (WINDOWS[self._window] == "decided")
 
-    def passed(self, seconds: float, kind: int) -> None:
-        """A pass is over. kind: passes of one kind have as much to do (rows of the batch)."""
+    def passed(self, seconds: float, rows: int) -> None:
+        """A pass is over. rows: of its batch; passes of very different size are not compared."""
         self._passes += 1
         if self._window is None:
             self._wait -= 1
             if self._wait <= 0:
-                self._begin_trial(kind)
+                self._begin_trial(rows)
             return
-        if kind != self._kind:  # not to be compared with those before
-            self._begin_trial(kind)
+        assert self._rows is not None, "a trial has begun"
+        if max(rows, self._rows) > ALIKE * min(rows, self._rows):
+            self._unlike += 1
+            if self._unlike == WINDOW:  # the batch has another size now
+                self._begin_trial(rows)
             return
         self._in_window += 1
         if self._in_window > SETTLING:
             self._seconds[self._window].append(seconds)
         if self._in_window == WINDOW:
-            self._in_window = 0
+            self._in_window = self._unlike = 0
             self._window += 1
             if self._window == len(WINDOWS):
                 self._decide()
 
-    def _begin_trial(self, kind: int) -> None:
-        self._kind, self._window, self._in_window = kind, 0, 0
+    def _begin_trial(self, rows: int) -> None:
+        self._rows, self._window, self._in_window, self._unlike = rows, 0, 0, 0
         self._seconds = [[] for _ in WINDOWS]
 
     def _decide(self) -> None:
@@ -78,5 +83,5 @@ class PayoffGate:
         self.on, self._window, self._wait = on, None, self._hold
         self.reason = (
             f"{'on' if on else 'off'}: {1e3 * with_it:.3g} ms per pass with prefetching, {1e3 * without:.3g} ms "
-            f"without ({self._kind} row{'s' if self._kind != 1 else ''}, after {self._passes} passes)"
+            f"without ({self._rows} row{'s' if self._rows != 1 else ''}, after {self._passes} passes)"
         )

@@ -12,14 +12,14 @@ TRIAL = WINDOW * len(WINDOWS)
 
 
 def drive(
-    gate: PayoffGate, passes: int, with_it: float, without: float, kind: int = 1, noise: float = 0.1
+    gate: PayoffGate, passes: int, with_it: float, without: float, rows: int = 1, noise: float = 0.1
 ) -> list[bool]:
     """Whether each pass prefetched; a pass takes the seconds of what it did, give or take `noise`."""
     draw = random.Random(passes)
     did = []
     for _ in range(passes):
         did.append(gate.open)
-        gate.passed((with_it if gate.open else without) * draw.uniform(1 - noise, 1 + noise), kind)
+        gate.passed((with_it if gate.open else without) * draw.uniform(1 - noise, 1 + noise), rows)
     return did
 
 
@@ -65,13 +65,13 @@ def test_the_same_answer_again_makes_trials_rarer():
     assert did.count(False) >= 4 * TRIAL / 2, "it tries now and then"
 
 
-def test_passes_of_another_kind_are_not_compared():
+def test_passes_of_another_size_are_not_compared():
     """With them in the first window, eight rows once looked eight times as slow as one: a switch for nothing."""
     gate = PayoffGate()
     drive(gate, LEARNING + WINDOW, 1.0, 1.5)
-    drive(gate, TRIAL, 8.0, 12.0, kind=8)
+    drive(gate, TRIAL, 8.0, 12.0, rows=8)
     assert gate._window is not None, "the trial began anew"
-    gate.passed(8.0, 8)
+    drive(gate, WINDOW, 8.0, 12.0, rows=8)
     assert gate.on
     assert "8 rows" in gate.reason
 
@@ -82,7 +82,7 @@ def test_where_rows_come_and_go_it_does_what_was_decided():
     drive(gate, LEARNING + TRIAL, 2.0, 1.0)
     assert not gate.on
     drive(gate, HOLD, 2.0, 1.0)
-    did = [prefetched for number in range(500) for prefetched in drive(gate, 1, 2.0, 1.0, kind=number % 3)]
+    did = [prefetched for number in range(500) for prefetched in drive(gate, 1, 2.0, 1.0, rows=number % 3)]
     assert not any(did)
 
 
@@ -102,3 +102,20 @@ def test_a_disturbance_of_one_window_decides_nothing():
     drive(gate, WINDOW, 1.0, 1.2)
     assert gate._window is None
     assert gate.on
+
+
+def test_where_rows_change_a_little_a_trial_comes_to_its_end():
+    """With continuous batching sequences come and go at every other step: it measured for ever."""
+    gate = PayoffGate()
+    rows = random.Random(0).choices((13, 14, 15, 16), k=1000)
+    for number in rows:
+        drive(gate, 1, 0.2 * number, 0.1 * number, rows=number)
+    assert not gate.on
+    assert "rows" in gate.reason
+
+
+def test_a_few_passes_of_another_size_do_not_end_a_trial():
+    gate = PayoffGate()
+    for number in range(1000):
+        drive(gate, 1, 2.0, 1.0, rows=1 if number % 5 == 0 else 16)
+    assert not gate.on
