@@ -117,6 +117,7 @@ class Loader:
         self._urgent: OrderedDict[ExpertId, _Job] = OrderedDict()
         self._prefetch: OrderedDict[ExpertId, _Job] = OrderedDict()
         self._closed = False
+        self._ended = False  # the thread touches neither slots nor books any more
         self.timeline: Timeline | None = None
         self.died_of: BaseException | None = None  # set when a bug of ours ended the thread
         # Packing needs the bytes as stored beside the slot. Two, since a demand may overtake a prefetch.
@@ -157,22 +158,30 @@ class Loader:
         return True
 
     def close(self) -> None:
-        """Stop after the chunk in flight. Called without `condition` held; waits for the thread."""
+        """Stop after the chunk in flight, and return when no more bytes can come.
+
+        By any thread, also one that holds `condition` already: the garbage collector may run the finalizer of a model
+        in the midst of anything. So it is the condition that is waited for first, which gives the lock back.
+        """
         with self.condition:
             self._closed = True
             self.condition.notify_all()
+            while not self._ended and self._thread is not threading.current_thread():
+                self.condition.wait()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join()  # it needs the lock no more
         self.memory.device.close()
 
     def _run(self) -> None:
         try:
             self._perform_loads()
         except BaseException as error:  # a bug of ours; without this a layer would wait for ever
-            with self.condition:
-                self.died_of = error
-                self.condition.notify_all()
+            self.died_of = error
             raise
+        finally:
+            with self.condition:
+                self._ended = True
+                self.condition.notify_all()
 
     def _perform_loads(self) -> None:
         while True:
@@ -205,6 +214,10 @@ class Loader:
                 self.timeline.add("link", f"{number} of layer {layer}", started, ended, urgent=urgent)
             if error is not None or job.next_chunk == len(job.chunks):
                 with self.condition:
+                    if (
+                        self._closed
+                    ):  # nobody reads it; whoever closed may be in the midst of changing the books
+                        return
                     # promote() may have moved it meanwhile.
                     self._urgent.pop(job.expert, None)
                     self._prefetch.pop(job.expert, None)

@@ -468,6 +468,29 @@ def test_close_is_final_and_may_be_repeated(new_cache):
     assert_no_pins(cache)
 
 
+def test_it_can_be_closed_by_a_thread_that_holds_its_lock(new_cache):
+    """The garbage collector runs the finalizer of a model in any thread, in the midst of anything."""
+    cache = new_cache(3)
+    gate = turnstile_of(cache)
+    cache.prefetch(at(0, 0, 1))
+    gate.wait_for_arrivals(1)
+    known = set(cache.table.ready), set(cache.table.residents)
+
+    def close() -> None:
+        with cache._lock:
+            cache.close()
+            assert (set(cache.table.ready), set(cache.table.residents)) == known, (
+                "the books did not change meanwhile"
+            )
+
+    with Threads() as threads:
+        closer = threads.start(close)
+        gate.open()
+        closer.join(GUARD_S)
+        assert not closer.is_alive()
+    assert not cache._loader._thread.is_alive()
+
+
 def test_wait_idle_ends_when_the_cache_is_closed_with_loads_queued(new_cache):
     cache = new_cache(3)
     gate = turnstile_of(cache)
