@@ -91,6 +91,7 @@ def test_refused_requests_give_their_places_back(small: Running) -> None:
         assert small.complete(prompt=["a", "x" * 125], max_tokens=30).status == 400, "the second does not fit"
     until(lambda: small.driver.outstanding == 0)
     assert small.driver.engine.stats.finished == 0, "no prompt of a refused request was answered"
+    assert small.driver.engine.stats.cancelled == 0, "all are checked before the first is submitted"
     assert small.complete(max_tokens=2).status == 200
 
 
