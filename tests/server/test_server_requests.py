@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -91,7 +93,27 @@ def test_refused_requests_give_their_places_back(small: Running) -> None:
         assert small.complete(prompt=["a", "x" * 125], max_tokens=30).status == 400, "the second does not fit"
     until(lambda: small.driver.outstanding == 0)
     assert small.driver.engine.stats.finished == 0, "no prompt of a refused request was answered"
+    assert small.driver.engine.stats.cancelled == 0, "all are checked before the first is submitted"
     assert small.complete(max_tokens=2).status == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answered_request_leaves_nothing_behind(small: Running, stream: bool) -> None:
+    """Request and reader held one another, until the garbage collector came by; with it off, memory grew."""
+    small.turnstile.close()
+    thread, found = in_thread(lambda: small.complete(max_tokens=3, stream=stream))
+    until(lambda: small.driver.outstanding == 1)
+    assert small.turnstile.held.wait(WAIT_SECONDS)
+    alive = [weakref.ref(generation) for generation in small.driver._generations]
+    gc.disable()
+    try:
+        small.turnstile.open()
+        thread.join(WAIT_SECONDS)
+        assert found[0].status == 200
+        until(lambda: not any(generation() for generation in alive))
+    finally:
+        gc.enable()
+    assert alive
 
 
 def test_a_deadline_ends_a_request(llm: LLM) -> None:
