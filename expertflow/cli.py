@@ -694,7 +694,7 @@ def batch(
         typer.Option(
             metavar="fixed|auto",
             help="seat sequences in order of arrival, or those together whose predicted experts are alike (with "
-            "--execution split and a --predictor)",
+            "a --predictor)",
         ),
     ] = "fixed",
     revision: RevisionOption = None,

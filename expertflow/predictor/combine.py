@@ -139,6 +139,11 @@ class Opinions(NamedTuple):
         """Of these positions, in this order: indices or a mask."""
         return Opinions(self.p_NMLE[rows_N], self.kind_N[rows_N], self.mixed_NLE[rows_N])
 
+    @staticmethod
+    def join(parts: Sequence[Opinions]) -> Opinions:
+        """Of all their positions, one part after the other."""
+        return Opinions(*(torch.cat(said) for said in zip(*parts, strict=True)))
+
 
 class Combination:
     """Path predictors, and one that looks a layer ahead, as one predictor that learns while serving.
@@ -199,6 +204,19 @@ class Combination:
         with self._learning:
             mixed_NLE = self.before.mix(p_NMLE, kind_N)
         return Opinions(p_NMLE, kind_N, mixed_NLE)
+
+    def profile(self, ids_T: Tensor) -> Tensor | None:
+        """p_LE: how often a text of such tokens needs each expert, by the online table; None without one.
+
+        Of a prompt that nobody has read yet: no route of it is known, and what a trained predictor would have to read
+        costs more than the guess is worth.
+        """
+        context = PathContext(target_BT=ids_T[None], num_new=len(ids_T))
+        for source in self.sources:
+            if isinstance(source, OnlineTokenTable):
+                with self._learning:
+                    return source.predict(context)[0].mean(0)
+        return None
 
     def adopt(self, said: Opinions) -> None:
         """The pass that begins is over these positions, real ones only: `observe_pass` will learn from it."""

@@ -153,7 +153,7 @@ def simulate_scheduling(
     return result
 
 
-# What table 2 of the paper compares (the first two), what it could be with the future known, and joint execution.
+# (execution, grouping, admission): what table 2 of the paper compares, what it could be at most, joint execution.
 WAYS: dict[str, tuple[Execution, By, By]] = {
     "split": ("split", "arrival", "arrival"),
     "split, TS": ("split", "predicted", "arrival"),
@@ -162,6 +162,13 @@ WAYS: dict[str, tuple[Execution, By, By]] = {
     "joint, TS": ("joint", "predicted", "predicted"),
     "joint, TS, true paths": ("joint", "true", "true"),
 }
+# The two parts of joint's: exchanging sequences between units, and who joins.
+PARTS: dict[str, tuple[Execution, By, By]] = {
+    "joint, exchange": ("joint", "predicted", "arrival"),
+    "joint, exchange, true paths": ("joint", "true", "arrival"),
+    "joint, admission": ("joint", "arrival", "predicted"),
+    "joint, admission, true profiles": ("joint", "arrival", "true"),
+}
 
 
 def compare_scheduling(
@@ -169,19 +176,19 @@ def compare_scheduling(
     cost: Costs,
     cache_size: float,
     batch: int = 16,
-    num_units: int = 2,
+    num_units: int = 3,
     policy: str = "plec",
     max_steps: int | None = None,
     ways: Sequence[str] = tuple(WAYS),
 ) -> list[dict[str, Any]]:
-    """One row of plain JSON for each of `ways`: Scheduled.to_dict(), and `to_split` of its tokens per second.
+    """One row of plain JSON for each of `ways`, of WAYS and PARTS: Scheduled.to_dict(), and `to_split` in tokens/s.
 
     foretold: of a predictor, such as "online"; cost: from hardware.costs; cache_size: experts per layer. max_steps:
     of units; None until all sequences have ended. Raises ValueError as simulate_scheduling does.
     """
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(["split", *ways]):
-        execution, grouping, admission = WAYS[name]
+        execution, grouping, admission = (WAYS | PARTS)[name]
         how = Scheduling(execution, grouping, admission, batch, num_units)
         done = simulate_scheduling(foretold, how, cost, cache_size, policy, max_steps)
         rows.append(
