@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.online_table import RINGS, OnlineTokenTable
+from expertflow.predictor.pace import Pace
 from expertflow.predictor.protocol import LayerPredictor, OnlinePredictor, PathContext, PathPredictor
 
 _CLAMP = 1e-3  # a source that is sure of itself may be wrong: its logit stays within 7
@@ -174,6 +175,7 @@ class Combination:
         self._p_NMLE: Tensor | None = None
         self._kind_N = torch.zeros(0, dtype=torch.int64)
         self._ahead_NLE: Tensor | None = None
+        self._pace = Pace()
         # Of what `consult` reads and `observe_pass` changes. Held for one source at a time: a pass waits for it.
         self._learning = threading.Lock()
 
@@ -260,8 +262,9 @@ class Combination:
         kind_N: Tensor,
     ) -> None:
         real_N = _real(context)
-        truth_NLE = multi_hot(routes_BSLK.flatten(0, 1)[real_N], self.num_experts)
-        if p_NMLE is not None and len(truth_NLE) == len(p_NMLE) > 0:
+        rows = int(real_N.sum())
+        if p_NMLE is not None and rows == len(p_NMLE) > 0 and self._pace.due(rows):
+            truth_NLE = multi_hot(routes_BSLK.flatten(0, 1)[real_N], self.num_experts)
             with self._learning:
                 self.before.learn(p_NMLE, truth_NLE, kind_N)
             if ahead_NLE is not None:

@@ -467,7 +467,7 @@ def test_those_join_who_speak_the_language_of_a_unit(tmp_path: Path) -> None:
     """One unit of two, both languages waiting: after what has been learnt, it fills with one, and keeps to the rule."""
     folder = two_languages(tmp_path / "languages")
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=4, ignore_eos=True)
-    prompts = [[40 + 2 * n + n % 2, 60 + n % 2, 80 + n % 2] for n in range(24)]
+    prompts = [[40 + 2 * n + n % 2, 60 + n % 2, 80 + n % 2] for n in range(16)]
     begun: dict[int, list[int]] = {}
     for patience in (0, 2, 100):
         with (
@@ -488,7 +488,7 @@ def test_those_join_who_speak_the_language_of_a_unit(tmp_path: Path) -> None:
     def changes(order: list[int]) -> int:
         return sum(one % 2 != other % 2 for one, other in pairwise(order))
 
-    assert begun[0] == list(range(24))
+    assert begun[0] == list(range(16))
     assert changes(begun[100]) < changes(begun[2]) < changes(begun[0])
 
 
