@@ -123,7 +123,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     if options.link:
         settings |= {"store": "ram", "link": options.link}
     with LLM(options.model, **settings) as llm:
-        prompts = _prompts(llm, options.prompts)
+        prompts = prompts_for(llm, options.prompts)
         params = [
             SamplingParams(temperature=0.8, seed=number, max_tokens=options.max_tokens, ignore_eos=True)
             for number in range(len(prompts))
@@ -159,7 +159,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         }
 
 
-def _prompts(llm: Any, count: int) -> list[list[int]]:
+def prompts_for(llm: Any, count: int) -> list[list[int]]:
     """Real conversations, cut; token ids drawn at random where the model has no tokenizer of its own."""
     vocabulary = llm.model.get_input_embeddings().weight.shape[0]
     if (llm.folder / "tokenizer.json").exists():

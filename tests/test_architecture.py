@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "cache": {"core", "config", "trace", "store", "timeline"},
     "predictor": {"core", "config", "trace"},
     "scheduler": {"core"},
-    "sim": {"core", "config", "trace", "cache", "predictor"},
+    "sim": {"core", "config", "trace", "cache", "predictor", "scheduler"},
     "step_time": {"core", "config"},
     "budget": {"core", "config"},
     "read_ahead": set(),
@@ -51,7 +51,9 @@ DECIDE = (
     *sorted(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "cache" / "policies").glob("*.py")),
 )
 # Decisions on tensors: torch is allowed to these, and no more.
-GROUPING = tuple(f"scheduler/{name}.py" for name in ("similarity", "two_means", "swaps", "group"))
+GROUPING = tuple(
+    f"scheduler/{name}.py" for name in ("similarity", "two_means", "swaps", "group", "admission")
+)
 EXECUTION = {
     "asyncio", "concurrent", "io", "logging", "mmap", "multiprocessing", "os", "pathlib", "queue", "random",
     "select", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "time", "transformers",

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from expertflow.commands.flags import DEFAULT_MAX_TOKENS, RevisionOption, TimelineOption, takes
+from expertflow.commands.flags import (
+    DEFAULT_MAX_TOKENS,
+    ExecutionOption,
+    RevisionOption,
+    ScheduleOption,
+    TimelineOption,
+    takes,
+)
 from expertflow.commands.session import (
     check_can_write,
     checked_seating,
@@ -41,21 +48,8 @@ def batch(
     ],
     settings: dict[str, Any],
     sampling: dict[str, Any],
-    execution: Annotated[
-        str,
-        typer.Option(
-            metavar="joint|split",
-            help="the batches of a unit side by side, sharing experts, or one after the other",
-        ),
-    ] = "joint",
-    schedule: Annotated[
-        str,
-        typer.Option(
-            metavar="fixed|auto",
-            help="seat sequences in order of arrival, or those together whose predicted experts are alike (with "
-            "--execution split and a --predictor)",
-        ),
-    ] = "fixed",
+    execution: ExecutionOption = "joint",
+    schedule: ScheduleOption = "fixed",
     revision: RevisionOption = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="print statistics and the memory plan at the end")

@@ -38,6 +38,23 @@ TimelineOption = Annotated[
 SETTING_HELP = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
 
 
+ExecutionOption = Annotated[
+    str,
+    typer.Option(
+        metavar="joint|split",
+        help="the batches of a unit side by side, sharing experts, or one after the other",
+    ),
+]
+ScheduleOption = Annotated[
+    str,
+    typer.Option(
+        metavar="fixed|auto",
+        help="seat sequences in order of arrival, or those together whose predicted experts are alike (with a "
+        "--predictor)",
+    ),
+]
+
+
 def takes(**groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one flag per field of each dataclass, and clean errors.
 

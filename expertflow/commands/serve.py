@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from expertflow.commands.flags import ModelArgument, RevisionOption, takes
+from expertflow.commands.flags import ExecutionOption, ModelArgument, RevisionOption, ScheduleOption, takes
 from expertflow.commands.session import checked_seating, load
 from expertflow.config import BatchSettings
 from expertflow.server.settings import ServerSettings
@@ -19,21 +19,8 @@ def serve(
     model: ModelArgument,
     settings: dict[str, Any],
     server: dict[str, Any],
-    execution: Annotated[
-        str,
-        typer.Option(
-            metavar="joint|split",
-            help="the batches of a unit side by side, sharing experts, or one after the other",
-        ),
-    ] = "joint",
-    schedule: Annotated[
-        str,
-        typer.Option(
-            metavar="fixed|auto",
-            help="seat sequences in order of arrival, or those together whose predicted experts are alike (with "
-            "--execution split and a --predictor)",
-        ),
-    ] = "fixed",
+    execution: ExecutionOption = "joint",
+    schedule: ScheduleOption = "fixed",
     revision: RevisionOption = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it, with a live page and metrics.

@@ -1,31 +1,33 @@
-"""schedule=auto: sequences whose predicted paths are alike share a batch; predicted and grouped while others compute.
+"""schedule=auto: sequences whose predicted paths are alike run together; predicted and grouped while others compute.
 
 After a step of a unit its newest tokens are handed to the pipeline: predict their paths, group them. Before its next
-step the unit takes what has been found, or stays as it sits when that is not there in time. Decides who sits where,
-and no token; but a batch's shape is in the last bits of its logits, so only schedule=fixed repeats them.
+step the unit takes what has been found, or stays as it sits when that is not there in time. Under `split` the rows of
+a unit's batches are grouped; under `joint` those of two units, while a third computes. Who joins a unit from the queue
+is admitting.py's. Decides who sits where, and no token; but a batch's shape is in the last bits of its logits, so only
+schedule=fixed repeats them.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from expertflow.cache.expert_cache import ExpertCache
+from expertflow.engine.admitting import Admitting
 from expertflow.engine.batch import Batch, LiveSequence
+from expertflow.engine.request import Row
 from expertflow.engine.unit import Execution, Seating, Unit, arrival_order
 from expertflow.models.foresight import Name, Question, Upcoming
 from expertflow.models.predicting import Predicting
+from expertflow.predictor.combine import at_once
 from expertflow.scheduler.batch_state import BatchState
 from expertflow.scheduler.group import group
 from expertflow.scheduler.pipeline import Pipeline
-
-logger = logging.getLogger(__name__)
 
 Schedule = Literal["fixed", "auto"]
 SCHEDULES: tuple[Schedule, ...] = ("fixed", "auto")
@@ -67,32 +69,54 @@ class Payoff:
         return row_bytes / COPY_BYTES_PER_S / self.seconds_per_activation
 
 
+class Exchange(NamedTuple):
+    """Who runs with whom from now on, of two units that are joint."""
+
+    other: int  # the unit whose turn comes later
+    mine: list[LiveSequence]
+    others: list[LiveSequence]
+
+
 class Prepared(NamedTuple):
-    """For the next step of a unit. seats: None where everybody stays."""
+    """For the next step of a unit. None where everybody stays."""
 
     seats: Seats | None
     saved_activations: float = 0.0
+    exchange: Exchange | None = None
+
+
+class _Job(NamedTuple):
+    """What is to be prepared. pair: of units that may exchange rows; named: who sits there, predicted by then."""
+
+    question: Question
+    seats: Seats
+    pair: tuple[int, int] | None
+    named: list[list[Name]]
+    cost_N: Tensor | None  # of moving each row
+    alone: bool
 
 
 class AutoSchedule:
     """One for the units of an engine, which are known by their numbers. `close` it."""
 
-    def __init__(self, predicting: Predicting, cache: ExpertCache, execution: Execution):
+    def __init__(self, predicting: Predicting, cache: ExpertCache, execution: Execution, patience: int):
         self.payoff = Payoff()
         self.pipeline: Pipeline[Prepared] = Pipeline()
         self._predicting, self._cache = predicting, cache
         self._groups = execution == "split"
-        if not self._groups:
-            logger.warning(
-                "schedule='auto' groups nothing with execution='joint', where the batches of a unit share every "
-                "load already; it only predicts while other units compute"
-            )
+        self.admitting = Admitting(predicting, patience)
+        self._said: dict[
+            int, dict[Name, Tensor]
+        ] = {}  # p_LE of the rows of each unit, at their newest tokens
+        self._exchange_of: dict[
+            int, int
+        ] = {}  # of a unit whose turn comes, the lane that knows what to exchange
         self._before = (0.0, 0)
         self.reset_stats()
 
     def reset_stats(self) -> None:
         self.pipeline.stats.reset()
-        self.groupings = 0
+        self.groupings = self.exchanges = self.admitting.preferred = 0
         self.group_seconds = self.hidden_predict_seconds = self.hidden_group_seconds = 0.0
 
     def seats(self, unit: int, seating: Seating) -> Seats:
@@ -113,8 +137,32 @@ class AutoSchedule:
         # Alone, the next step would find the thread at it, and wait or go on without a prediction.
         self._predicting.learn_later = None if alone else self._learn_later
 
-    def stepped(self, number: int, unit: Unit, *, alone: bool) -> None:
-        """Have the next step of a unit prepared. alone: no other unit computes before it."""
+    def exchange(self, number: int, units: Sequence[Unit]) -> None:
+        """The turn of this unit comes: exchange rows with another that rests, where that was found to pay."""
+        lane = self._exchange_of.pop(number, None)
+        if lane is None:
+            return
+        prepared = self.pipeline.take(lane, self.payoff.seconds_saved, keep=True)
+        if prepared is None or prepared.exchange is None:
+            return
+        other, mine, others = prepared.exchange
+        # Somebody may have left since; what was found for all is then not for the others.
+        for unit, members in ((units[number], mine), (units[other], others)):
+            if sum(len(batch.members) for batch in unit.batches) != len(members):
+                return
+        there = {m for at in (number, other) for batch in units[at].batches for m in batch.members}
+        if there == {*mine, *others}:
+            units[number].exchange(units[other], mine, others)
+            self.exchanges += 1
+
+    def stepped(
+        self, number: int, units: Sequence[Unit], *, alone: bool, pair: tuple[int, int] | None = None
+    ) -> None:
+        """Have the next step of a unit prepared. alone: no other unit computes before it.
+
+        pair: two that do not compute meanwhile, the first of which comes next after the one that does.
+        """
+        unit = units[number]
         stall_seconds, activations = (
             now - before for now, before in zip(self._counters(), self._before, strict=True)
         )
@@ -123,16 +171,30 @@ class AutoSchedule:
         if question is None:
             return
         seats = [list(batch.members) for batch in unit.batches]
+        batches: list[Batch] = []
+        if self._groups:
+            batches = unit.batches if len(seats) > 1 else []
+        elif pair is not None and all(units[at].batches for at in pair):
+            batches = [batch for at in pair for batch in units[at].batches]
+            self._exchange_of[pair[0]] = number
         cost_N = None
-        if self._groups and len(seats) > 1 and self.payoff.seconds_per_activation > 0:
+        if batches and self.payoff.seconds_per_activation > 0:
             cost_N = torch.tensor(
                 [
                     self.payoff.cost_of_moving(_row_bytes(batch.state))
-                    for batch in unit.batches
+                    for batch in batches
                     for _ in batch.members
                 ]
             )
-        self.pipeline.submit(number, lambda: self._prepare(question, seats, cost_N, alone), alone=alone)
+        named = [_names(units[at].batches) for at in pair or ()]
+        job = _Job(question, seats, pair, named, cost_N, alone)
+        self.pipeline.submit(number, lambda: self._prepare(number, job), alone=alone)
+
+    def profile(self, waiting: Sequence[Row], decoding: Sequence[Row], *, alone: bool) -> None:
+        """Find out about those that wait: while others compute, or now."""
+        ask = self.admitting.next_question(waiting, decoding, hidden=not alone)
+        if ask is not None:
+            (self._learn_later if not alone else at_once)(ask)
 
     def close(self) -> None:
         self._predicting.learn_later = None
@@ -146,16 +208,29 @@ class AutoSchedule:
 
         self.pipeline.later(timed)
 
-    def _prepare(self, question: Question, seats: Seats, cost_N: Tensor | None, alone: bool) -> Prepared:
+    def _prepare(self, number: int, job: _Job) -> Prepared:
         """The job of the pipeline. alone: in the thread of the steps, which wait for it."""
         began = time.perf_counter()
+        question, seats, alone = job.question, job.seats, job.alone
         p_NLE = self._predicting.foresee(question, hidden=not alone)
         predicted = time.perf_counter()
         if not alone:
             self.hidden_predict_seconds += predicted - began
-        if p_NLE is None or cost_N is None:
+        if p_NLE is None:
             return Prepared(None)
-        found = group(p_NLE, len(seats), sizes=[len(batch) for batch in seats], cost_of_moving_N=cost_N)
+        sizes = [len(batch) for batch in seats]
+        if not self._groups:
+            self._said[number] = dict(zip(question.names, p_NLE, strict=True))
+            said = {name: p_LE for lane in self._said.values() for name, p_LE in lane.items()}
+            names = [name for named in job.named for name in named]
+            if not all(name in said for name in names):
+                return Prepared(None)
+            sizes = [len(named) for named in job.named]
+        if job.cost_N is None:
+            return Prepared(None)
+        if not self._groups:
+            p_NLE = torch.stack([said[name] for name in names])
+        found = group(p_NLE, len(sizes), sizes=sizes, cost_of_moving_N=job.cost_N)
         saved = found.activated_in_arrival_order - found.activated
         self.payoff.grouped(saved)
         self.groupings += 1
@@ -168,7 +243,13 @@ class AutoSchedule:
             timeline.add(
                 "group", f"unit {question.lane}", predicted, ended, moved=found.moved, saved=round(saved, 1)
             )
-        return Prepared(None if found.kept_arrival_order else _seated(seats, found.groups), saved)
+        if found.kept_arrival_order:
+            return Prepared(None, saved)
+        if self._groups:
+            return Prepared(_seated(seats, found.groups), saved)
+        assert job.pair is not None
+        mine, others = ([cast(LiveSequence, names[row].sequence) for row in rows] for rows in found.groups)
+        return Prepared(None, saved, Exchange(job.pair[1], mine, others))
 
     def _counters(self) -> tuple[float, int]:
         layers = self._cache.stats.layers
@@ -178,9 +259,13 @@ class AutoSchedule:
         )
 
 
+def _names(batches: Sequence[Batch]) -> list[Name]:
+    return [Name(member, len(member.row.token_ids)) for batch in batches for member in batch.members]
+
+
 def _upcoming(batch: Batch) -> Upcoming:
     return Upcoming(
-        [Name(member, len(member.row.token_ids)) for member in batch.members],
+        _names([batch]),
         batch.newest_B1,
         batch.state.cache,
         batch.state.encoder_BSD,

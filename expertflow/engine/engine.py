@@ -40,9 +40,10 @@ class Engine:
 
     Holds `settings.sequences` sequences in units of two batches of `settings.batch`. execution: "joint" loads an
     expert once for all batches of a unit, "split" runs them one after the other. schedule: "fixed" seats sequences in
-    order of arrival; "auto" has those share a batch whose predicted paths are alike, and needs a predictor.
-    scheduler: instead of "fixed", who sits together, asked between steps. clock: seconds, for deadlines. One engine
-    at a time may use a model's KV budget. Close it.
+    order of arrival; "auto" has those run together whose predicted paths are alike, and needs a predictor.
+    scheduler: instead of "fixed", who sits together, asked between steps. patience: under "auto", how many that came
+    later may begin before a sequence that waits; None: four times as many as decode at once. clock: seconds, for
+    deadlines. One engine at a time may use a model's KV budget. Close it.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Engine:
         execution: Execution = "joint",
         schedule: Schedule = "fixed",
         scheduler: Scheduler = arrival_order,
+        patience: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         if execution not in EXECUTIONS:
@@ -59,7 +61,12 @@ class Engine:
         check_sequences_can_move(llm.model)
         self._llm = llm
         self._execution = execution
-        self._auto = _auto_schedule(llm, execution, schedule, scheduler)
+        if patience is not None and schedule != "auto":
+            raise ValueError(
+                f"patience={patience} is of schedule='auto'; schedule={schedule!r} admits in order"
+            )
+        patience = 4 * llm.settings.held if patience is None else patience
+        self._auto = _auto_schedule(llm, execution, schedule, scheduler, patience)
         self._schedule = schedule
         self._clock = clock
         settings = llm.settings
@@ -91,7 +98,8 @@ class Engine:
             )
             self._stats.hidden_predict_seconds = auto.hidden_predict_seconds
             self._stats.hidden_group_seconds = auto.hidden_group_seconds
-            self._stats.groupings = auto.groupings
+            self._stats.groupings, self._stats.exchanges = auto.groupings, auto.exchanges
+            self._stats.preferred = auto.admitting.preferred
         with self._changed:
             self._stats.waiting = len(self._queue)
             self._stats.running = sum(len(unit.members) for unit in self._units)
@@ -231,13 +239,14 @@ class Engine:
         with self._failing(unit):
             if self._auto is not None:
                 self._auto.begins(alone=self._alone(unit))
+                self._auto.exchange(self._units.index(unit), self._units)
             # Since the unit's last step its scheduler may have found out more about the newest tokens.
             unit.settle()
             decoding = sum(len(batch.members) for batch in unit.batches)
             self._take(unit.step(self._execution))
             unit.settle()
             if self._auto is not None:
-                self._auto.stepped(self._units.index(unit), unit, alone=self._alone(unit))
+                self._prepare(self._auto, unit)
             self._stats.steps += 1
             self._stats.decode_rows += decoding
         ended = time.perf_counter()
@@ -246,6 +255,24 @@ class Engine:
         if (timeline := self._llm.timeline) is not None:
             timeline.add("compute", f"unit {self._units.index(unit)}", started, ended, decoding=decoding)
         return True
+
+    def _prepare(self, auto: AutoSchedule, unit: Unit) -> None:
+        """What concerns steps to come, while others compute."""
+        alone = self._alone(unit)
+        number, count = self._units.index(unit), len(self._units)
+        after = [(number + offset) % count for offset in range(1, count)]
+        resting = [at for at in after if self._units[at].members][1:]  # the first one computes meanwhile
+        pair = None
+        if resting:
+            # Each of the others in turn: pairs that stay would never mix.
+            others = [number, *resting[1:]] if unit.members else resting[1:]
+            if others:
+                pair = resting[0], others[self._stats.steps // count % len(others)]
+        auto.stepped(number, self._units, alone=alone, pair=pair)
+        with self._changed:
+            waiting = list(self._queue)
+        decoding = [row for one in self._units for row in one.members]
+        auto.profile(waiting, decoding, alone=alone)
 
     def _alone(self, unit: Unit) -> bool:
         """Whether no other unit computes between two steps of this one."""
@@ -289,11 +316,17 @@ class Engine:
             # Those that were cancelled, or failed by another answer of theirs.
             self._queue = deque(row for row in self._queue if row.finish_reason is None)
             for unit in self._units:
-                if count := unit.room(self._queue):
-                    admitted = [self._queue.popleft() for _ in range(count)]
-                    for row in admitted:
-                        row.admitted = self._clock()
-                    unit.admit(admitted)
+                if not (count := unit.room(self._queue)):
+                    continue
+                if self._auto is None:
+                    joining = [self._queue.popleft() for _ in range(count)]
+                else:
+                    joining = self._auto.admitting.choose(list(self._queue), unit.members, count)
+                    chosen = {id(row) for row in joining}
+                    self._queue = deque(row for row in self._queue if id(row) not in chosen)
+                for row in joining:
+                    row.admitted = self._clock()
+                unit.admit(joining)
 
     def _next_unit(self) -> Unit | None:
         for offset in range(len(self._units)):
@@ -349,7 +382,7 @@ class Engine:
 
 
 def _auto_schedule(
-    llm: LLM, execution: Execution, schedule: Schedule, scheduler: Scheduler
+    llm: LLM, execution: Execution, schedule: Schedule, scheduler: Scheduler, patience: int
 ) -> AutoSchedule | None:
     """None where sequences are seated otherwise. Raises ValueError for what cannot be had."""
     if schedule not in SCHEDULES:
@@ -372,4 +405,4 @@ def _auto_schedule(
     if predicting is None:
         logger.info("schedule='auto' moves nobody: every expert has a slot, so no load can be saved")
         return None
-    return AutoSchedule(predicting, llm.experts.cache, execution)
+    return AutoSchedule(predicting, llm.experts.cache, execution, patience)

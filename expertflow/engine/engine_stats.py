@@ -31,6 +31,8 @@ class EngineStats:
     # While another unit computed.
     hidden_predict_seconds: float = 0.0
     hidden_group_seconds: float = 0.0
+    exchanges: int = 0  # between units that are joint, before a step
+    preferred: int = 0  # answers that began before one that had arrived earlier, to share experts
     groupings: int = 0  # made; `regroupings` were followed
     late: int = 0  # steps in order of arrival, since nothing was prepared in time
     waiting: int = 0  # answers in the queue now

@@ -156,6 +156,25 @@ class Unit:
         seated = [[member for member in batch.members if member.alive] for batch in self.batches]
         self._seat(old, self._ask([batch for batch in seated if batch], joining))
 
+    def exchange(self, other: Unit, mine: list[LiveSequence], others: list[LiveSequence]) -> None:
+        """Between two steps: from now on these sit here and those there, all who sat in either. Whoever stays in a unit
+        keeps the place, so as many come as go."""
+        old = [*self.batches, *other.batches]
+        here = len(self.batches)
+        layout = []
+        for batches, wanted in ((self.batches, mine), (other.batches, others)):
+            sitting = {member for batch in batches for member in batch.members}
+            assert len(wanted) == len(sitting), "a sequence came, and none went for it"
+            staying = sitting.intersection(wanted)
+            coming = iter([member for member in wanted if member not in sitting])
+            layout += [
+                [member if member in staying else next(coming) for member in batch.members]
+                for batch in batches
+            ]
+        seated = _regrouped(self._model, old, layout)
+        self.batches, other.batches = seated[:here], seated[here:]
+        self.regroupings += 1
+
     def clear(self) -> None:
         """Forget everybody."""
         self.batches, self.prefills = [], []
@@ -182,17 +201,19 @@ class Unit:
     def _seat(self, old: list[Batch], wanted: list[list[LiveSequence]]) -> None:
         if [batch.members for batch in old] == wanted:
             self.batches = old
-            return
-        place = {
-            member: (index, row)
-            for index, batch in enumerate(old)
-            for row, member in enumerate(batch.members)
-        }
-        layout = [[place[member] for member in batch] for batch in wanted]
-        states = regroup([batch.state for batch in old], layout) if layout else []
-        self.batches = [
-            Batch(self._model, members, state) for members, state in zip(wanted, states, strict=True)
-        ]
+        else:
+            self.batches = _regrouped(self._model, old, wanted)
+
+
+def _regrouped(
+    model: GenerativeModel, old: Sequence[Batch], wanted: Sequence[Sequence[LiveSequence]]
+) -> list[Batch]:
+    place = {
+        member: (index, row) for index, batch in enumerate(old) for row, member in enumerate(batch.members)
+    }
+    layout = [[place[member] for member in batch] for batch in wanted]
+    states = regroup([batch.state for batch in old], layout) if layout else []
+    return [Batch(model, members, state) for members, state in zip(wanted, states, strict=True)]
 
 
 def _only_added(seated: list[list[LiveSequence]], wanted: list[list[LiveSequence]]) -> bool:

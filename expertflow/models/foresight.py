@@ -77,12 +77,16 @@ class Foresight:
         mask_BS = context.new_mask_BS
         if context.num_new != 1 or marks_BF is None or (mask_BS is not None and not bool(mask_BS.all())):
             return None
-        for answer in list(self._answers.values()):
-            if answer.marks_NF.shape[1:] != marks_BF.shape[1:]:
-                continue
-            same_BN = (marks_BF[:, None] == answer.marks_NF).all(-1)
-            same_BN &= context.new_BS == answer.newest_N  # the newest token is not in the cache yet
-            if bool(same_BN.any(1).all()):
-                # Rows that are alike have read the same: what was said of one holds for the other.
-                return answer.foreseen.select(same_BN.int().argmax(1))
-        return None
+        # Of several lanes: a scheduler may have brought their rows together.
+        answers = [
+            one for one in list(self._answers.values()) if one.marks_NF.shape[1:] == marks_BF.shape[1:]
+        ]
+        if not answers:
+            return None
+        same_BN = (marks_BF[:, None] == torch.cat([one.marks_NF for one in answers])).all(-1)
+        # The newest token is not in the cache yet.
+        same_BN &= context.new_BS == torch.cat([one.newest_N for one in answers])
+        if not bool(same_BN.any(1).all()):
+            return None
+        # Rows that are alike have read the same: what was said of one holds for the other.
+        return Foreseen.join([one.foreseen for one in answers]).select(same_BN.int().argmax(1))

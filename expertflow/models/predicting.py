@@ -38,6 +38,7 @@ from expertflow.predictor.serving import Expected, PassPredictor
 
 logger = logging.getLogger(__name__)
 
+_PROFILE_TOKENS = 64  # the last ones of a prompt say what its answer will be like
 _PREDICTED = 0.5  # a probability from which an expert counts as predicted
 MakePredictor = Callable[[int], PassPredictor]  # for models that route each token to so many experts
 
@@ -211,6 +212,16 @@ class Predicting:
         with self._asking(hidden) as predictor:
             if predictor is not None:
                 return self._foresight.ask(predictor, question)
+        return None
+
+    def profile(self, prompt_ids: Sequence[int], *, hidden: bool) -> Tensor | None:
+        """p_LE: how often a text that begins so is expected to need each expert; None where nothing is said.
+
+        hidden: this is not the thread that runs the passes.
+        """
+        with self._asking(hidden) as predictor:
+            if predictor is not None:
+                return predictor.profile(torch.tensor(prompt_ids[-_PROFILE_TOKENS:]))
         return None
 
     def _running(self) -> _Pass | None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.online_table import RINGS, OnlineTokenTable
+from expertflow.predictor.pace import Pace
 from expertflow.predictor.protocol import LayerPredictor, OnlinePredictor, PathContext, PathPredictor
 
 _CLAMP = 1e-3  # a source that is sure of itself may be wrong: its logit stays within 7
@@ -139,6 +140,11 @@ class Opinions(NamedTuple):
         """Of these positions, in this order: indices or a mask."""
         return Opinions(self.p_NMLE[rows_N], self.kind_N[rows_N], self.mixed_NLE[rows_N])
 
+    @staticmethod
+    def join(parts: Sequence[Opinions]) -> Opinions:
+        """Of all their positions, one part after the other."""
+        return Opinions(*(torch.cat(said) for said in zip(*parts, strict=True)))
+
 
 class Combination:
     """Path predictors, and one that looks a layer ahead, as one predictor that learns while serving.
@@ -169,6 +175,7 @@ class Combination:
         self._p_NMLE: Tensor | None = None
         self._kind_N = torch.zeros(0, dtype=torch.int64)
         self._ahead_NLE: Tensor | None = None
+        self._pace = Pace()
         # Of what `consult` reads and `observe_pass` changes. Held for one source at a time: a pass waits for it.
         self._learning = threading.Lock()
 
@@ -199,6 +206,19 @@ class Combination:
         with self._learning:
             mixed_NLE = self.before.mix(p_NMLE, kind_N)
         return Opinions(p_NMLE, kind_N, mixed_NLE)
+
+    def profile(self, ids_T: Tensor) -> Tensor | None:
+        """p_LE: how often a text of such tokens needs each expert, by the online table; None without one.
+
+        Of a prompt that nobody has read yet: no route of it is known, and what a trained predictor would have to read
+        costs more than the guess is worth.
+        """
+        context = PathContext(target_BT=ids_T[None], num_new=len(ids_T))
+        for source in self.sources:
+            if isinstance(source, OnlineTokenTable):
+                with self._learning:
+                    return source.predict(context)[0].mean(0)
+        return None
 
     def adopt(self, said: Opinions) -> None:
         """The pass that begins is over these positions, real ones only: `observe_pass` will learn from it."""
@@ -242,8 +262,9 @@ class Combination:
         kind_N: Tensor,
     ) -> None:
         real_N = _real(context)
-        truth_NLE = multi_hot(routes_BSLK.flatten(0, 1)[real_N], self.num_experts)
-        if p_NMLE is not None and len(truth_NLE) == len(p_NMLE) > 0:
+        rows = int(real_N.sum())
+        if p_NMLE is not None and rows == len(p_NMLE) > 0 and self._pace.due(rows):
+            truth_NLE = multi_hot(routes_BSLK.flatten(0, 1)[real_N], self.num_experts)
             with self._learning:
                 self.before.learn(p_NMLE, truth_NLE, kind_N)
             if ahead_NLE is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.pace import Pace
 
 _BAR_STEPS = 3  # sums within a tenth of a percent of top_k, at logits from 0.1 to 40 wide
 _BAR_STRIDE = 4.0  # a step from where the slope is flat would fly past
@@ -69,6 +70,7 @@ class GateLookAhead:
         self.bias_LE = list(bias_LE) if bias_LE is not None else [None] * len(self.weight_LED)
         self.top_k = top_k
         self.sharpness = Sharpness(top_k, len(self.weight_LED))
+        self._pace = Pace()
         self._said: dict[int, Tensor] = {}  # logit_BE by layer, of this pass
         self._came: dict[int, Tensor] = {}  # routes_BK of the layers that were said
 
@@ -95,7 +97,9 @@ class GateLookAhead:
 
     def _learn(self) -> None:
         """The pass is over: all layers of one width at once."""
-        for width in {logit_BE.shape for logit_BE in self._said.values()}:
+        rows = max((len(logit_BE) for logit_BE in self._said.values()), default=0)
+        due = self._pace.due(rows)
+        for width in {logit_BE.shape for logit_BE in self._said.values()} if due else ():
             layers = [layer for layer in self._came if self._said[layer].shape == width]
             for some in (layers[i : i + _LAYERS_AT_ONCE] for i in range(0, len(layers), _LAYERS_AT_ONCE)):
                 logit_MBE = torch.stack([self._said[layer] for layer in some])

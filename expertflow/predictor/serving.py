@@ -10,7 +10,7 @@ and the pass then begins with it. It may be called from another thread while a p
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -53,6 +53,12 @@ class Foreseen(NamedTuple):
         absent_NCLE = None if self.absent_NCLE is None else self.absent_NCLE[rows_N]
         return Foreseen(self.said.select(rows_N), absent_NCLE)
 
+    @staticmethod
+    def join(parts: Sequence[Foreseen]) -> Foreseen:
+        """Of all their rows, one part after the other; all are of one predictor."""
+        absent = [part.absent_NCLE for part in parts if part.absent_NCLE is not None]
+        return Foreseen(Opinions.join([part.said for part in parts]), torch.cat(absent) if absent else None)
+
 
 class PassPredictor(Protocol):
     """What a running model asks: `begin`, then `ahead` at each layer, then `end` (or `forget`).
@@ -75,6 +81,13 @@ class PassPredictor(Protocol):
         """What can be said of rows before their pass; None where nothing is said.
 
         lane: calls of one lane follow the same sequences, and origin_B counts the rows of its last call.
+        """
+        ...
+
+    def profile(self, ids_T: Tensor) -> Tensor | None:
+        """p_LE: how often a text of such tokens needs each expert, before it runs; None where nothing is said.
+
+        May be called from another thread.
         """
         ...
 
@@ -160,6 +173,9 @@ class ServingPredictor:
             return None
         p_B1LE, absent_BCLE = self._speak(self.trained, context, states_B1D)
         return Foreseen(self.combination.consult(context, {0: p_B1LE}), absent_BCLE)
+
+    def profile(self, ids_T: Tensor) -> Tensor | None:
+        return self.combination.profile(ids_T)
 
     def ahead(self, layer: int, hidden_ND: Tensor, routes_NK: Tensor) -> Tensor | None:
         if not self._forecast_made:

@@ -100,10 +100,10 @@ class Pipeline(Generic[Result]):
             queue.changed.notify_all()
         self._start()
 
-    def take(self, lane: int, worth_seconds: float) -> Result | None:
+    def take(self, lane: int, worth_seconds: float, *, keep: bool = False) -> Result | None:
         """The result of this lane's job; None without one, and when it would take longer than `worth_seconds`.
 
-        RuntimeError, with its cause, when a job has failed.
+        keep: then it is not given up, and can be taken later. RuntimeError, with its cause, when a job has failed.
         """
         ticket = self._tickets.pop(lane, None)
         if ticket is None:
@@ -126,7 +126,10 @@ class Pipeline(Generic[Result]):
         with queue.changed:
             if not ready:
                 self.stats.late += 1
-                self._abandon(ticket)
+                if keep:
+                    self._tickets[lane] = ticket
+                else:
+                    self._abandon(ticket)
                 self._raise_late_error()
                 return None
         if ticket.error is not None:

@@ -159,7 +159,7 @@ def make_workload(foretold: Foretold, batch: int, max_steps: int | None = None, 
                 [torch.from_numpy(routes[b][t].astype("int64")) for b in range(len(alive))]
             )
             used_LE = multi_hot(routes_BLK, experts).any(0)
-            forecast = _forecast(foretold, expected, alive, t, used_LE, draw)
+            forecast = forecast_of(foretold, expected, [(n, t) for n in alive], used_LE, draw)
             passes.append(Pass([row.nonzero().flatten().tolist() for row in used_LE], forecast))
             rows += len(alive)
             if max_steps is not None and len(passes) >= max_steps:
@@ -168,22 +168,21 @@ def make_workload(foretold: Foretold, batch: int, max_steps: int | None = None, 
     return Workload(shape, passes, batch, rows, foretold.prediction)
 
 
-def _forecast(
+def forecast_of(
     foretold: Foretold,
     expected: PassForecast,
-    alive: list[int],
-    t: int,
+    tokens: Sequence[tuple[int, int]],
     used_LE: Tensor,
     draw: torch.Generator,
 ) -> Forecast | None:
-    """What is expected of one step of these sequences; then learns from what it used."""
+    """What is expected of a step over these tokens, (sequence, decode step) each; then learns from what it used."""
     if foretold.prediction == "none":
         return None
     p_LE = later_CLE = None
     if foretold.p_TLE is not None:
-        p_LE = 1 - (1 - torch.stack([foretold.p_TLE[n][t] for n in alive]).float()).prod(0)
+        p_LE = 1 - (1 - torch.stack([foretold.p_TLE[n][t] for n, t in tokens]).float()).prod(0)
     if foretold.absent_TCLE is not None:
-        later_CLE = torch.stack([foretold.absent_TCLE[n][t] for n in alive]).float().prod(0)
+        later_CLE = torch.stack([foretold.absent_TCLE[n][t] for n, t in tokens]).float().prod(0)
     if foretold.prediction == "noise" and p_LE is not None:
         # The same probabilities, given to other experts of the layer.
         p_LE = p_LE.gather(1, torch.rand(p_LE.shape, generator=draw).argsort(1))

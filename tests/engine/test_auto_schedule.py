@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -410,11 +411,93 @@ def test_with_every_expert_in_memory_nobody_moves(folders: Callable[[str], Path]
         assert Engine(llm, schedule="auto", execution="split")._auto is None
 
 
-def test_joint_execution_says_that_it_groups_nothing(
-    folders: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "switch_safetensors"])
+@pytest.mark.parametrize("patience", [0, 3, None])
+def test_no_text_changes_when_units_exchange_sequences_and_choose_who_joins(
+    name: str, patience: int | None, folders: Callable[[str], Path], alone: Callable[[str], list[list[int]]]
 ) -> None:
-    with load(folders("qwen2_moe")) as llm, caplog.at_level(logging.WARNING), auto(llm, execution="joint"):
-        assert "groups nothing with execution='joint'" in caplog.text
+    """Three joint units of two, and as many answers again in the queue."""
+    with (
+        load(folders(name), batch=1, sequences=6) as llm,
+        auto(llm, execution="joint", patience=patience) as (engine, schedule),
+    ):
+        schedule.payoff = Patient()
+        assert tokens(engine.generate(ALL_PROMPTS * 2, ALL_PARAMS * 2)) == alone(name) * 2
+        check_at_rest(engine)
+        stats, predicting = engine.stats, llm.experts.predicting
+        assert predicting is not None
+        assert predicting.stats.failed is None
+        assert predicting.stats.foreseen > 20, "what was said of exchanged rows in other units is found"
+        assert stats.late == 0
+        assert stats.exchanges > 5
+        assert (stats.preferred > 0) == (patience != 0)
+
+
+@pytest.mark.parametrize("units", [3, 4])
+def test_joint_units_end_up_with_one_language_each(tmp_path: Path, units: int) -> None:
+    """They arrive in turn, and units exchange them until each speaks one, but for a unit of what is left over."""
+    folder = two_languages(tmp_path / "languages")
+    prompts = [[40 + 2 * n + n % 2, 60 + n % 2, 80 + n % 2] for n in range(4 * units)]
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=24, ignore_eos=True)
+    found: dict[str, tuple[list[list[int]], int, int]] = {}
+    for schedule in ("fixed", "auto"):
+        with (
+            load(folder, cache_size=4, sequences=4 * units) as llm,
+            Engine(llm, execution="joint", schedule=schedule) as engine,  # type: ignore[arg-type]
+        ):
+            if engine._auto is not None:
+                engine._auto.payoff = Patient()
+            requests = [engine.submit(prompt, params) for prompt in prompts]
+            for _ in range(14 * units):
+                engine.step()
+            languages = [{row.token_ids[-1] % 2 for row in unit.members} for unit in engine.units]
+            mixed = sum(len(spoken) == 2 for spoken in languages)
+            assert mixed == (units if schedule == "fixed" else units % 2)
+            assert [len(unit.members) for unit in engine.units] == [4] * units
+            while engine.step():
+                pass
+            uses = sum(map(sum, llm.stats.uses_LE))
+            found[schedule] = (tokens([request.output() for request in requests]), loads(llm), uses)
+    assert found["auto"][0] == found["fixed"][0]
+    assert found["auto"][2] < 0.85 * found["fixed"][2]
+    assert found["auto"][1] < 0.85 * found["fixed"][1]
+
+
+def test_those_join_who_speak_the_language_of_a_unit(tmp_path: Path) -> None:
+    """One unit of two, both languages waiting: after what has been learnt, it fills with one, and keeps to the rule."""
+    folder = two_languages(tmp_path / "languages")
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=4, ignore_eos=True)
+    prompts = [[40 + 2 * n + n % 2, 60 + n % 2, 80 + n % 2] for n in range(16)]
+    begun: dict[int, list[int]] = {}
+    for patience in (0, 2, 100):
+        with (
+            load(folder, cache_size=4, batch=1, sequences=2) as llm,
+            auto(llm, execution="joint", patience=patience) as (engine, _),
+        ):
+            engine.generate(prompts[:6], params)  # type: ignore[arg-type]
+            order: list[int] = []
+            requests = [engine.submit(prompt, params) for prompt in prompts]
+            while engine.step():
+                # Two prompts that are read in one step begin together, and are listed in order of arrival.
+                order += [n for n, one in enumerate(requests) if one.rows[0].token_ids and n not in order]
+            begun[patience] = order
+            for number in range(len(prompts)):
+                assert sum(other > number for other in order[: order.index(number)]) <= patience
+            assert (engine.stats.preferred > 0) == (patience > 0)
+
+    def changes(order: list[int]) -> int:
+        return sum(one % 2 != other % 2 for one, other in pairwise(order))
+
+    assert begun[0] == list(range(16))
+    assert changes(begun[100]) < changes(begun[2]) < changes(begun[0])
+
+
+def test_patience_is_of_auto_alone(folders: Callable[[str], Path]) -> None:
+    with load(folders("qwen2_moe")) as llm:
+        with pytest.raises(ValueError, match="patience=3 is of schedule='auto'"):
+            Engine(llm, patience=3)
+        with pytest.raises(ValueError, match="patience=-1"):
+            Engine(llm, schedule="auto", patience=-1)
 
 
 class _Sitting(NamedTuple):

@@ -101,6 +101,9 @@ class Noise:
         p_NLE = torch.rand(rows, self.layers, self.experts, generator=self.draw)
         return Foreseen(Opinions(p_NLE[:, None], torch.zeros(rows, dtype=torch.int64), p_NLE))
 
+    def profile(self, ids_T: Tensor) -> Tensor:
+        return torch.rand(self.layers, self.experts, generator=self.draw)
+
     def ahead(self, layer: int, hidden_ND: Tensor, routes_NK: Tensor) -> Tensor | None:
         self.asked += 1
         assert len(hidden_ND) == len(routes_NK)

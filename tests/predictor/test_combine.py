@@ -12,6 +12,7 @@ from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.combine import Combination, Mixture, untrained
 from expertflow.predictor.metrics import guesses_at_equal_budget
 from expertflow.predictor.online_table import OnlineTokenTable
+from expertflow.predictor.pace import Pace
 from expertflow.predictor.protocol import LayerPredictor, OnlinePredictor, PathContext, PathPredictor
 from tests.predictor import synthetic
 from tests.predictor.synthetic import EXPERTS, LAYERS, TOP_K
@@ -258,3 +259,25 @@ def test_more_rows_than_the_limit_are_thinned_out(monkeypatch):
     picked = torch.linspace(0, 199, 10).long()
     whole.learn(said[picked], truth[picked], kinds[picked])
     torch.testing.assert_close(thinned.weight_LCM, whole.weight_LCM)
+
+
+def test_weights_are_learnt_from_every_pass_until_they_settle_and_then_from_one_in_a_few() -> None:
+    pace = Pace(settled_rows=10, every=4)
+    assert [pace.due(3) for _ in range(12)] == [True] * 4 + [False, False, False, True] * 2
+
+
+def test_what_was_seen_is_noted_after_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mixture rests in most passes, and the table must not: the next tokens may be those of this pass."""
+    combination = untrained(2, 8, 2)
+    combination._pace = Pace(settled_rows=0, every=3)
+    learnt: list[int] = []
+    monkeypatch.setattr(combination.before, "learn", lambda *args: learnt.append(number))
+    (table,) = combination.sources
+    for number in range(9):
+        context = PathContext(target_BT=torch.tensor([[7, number]]))
+        routes_BSLK = torch.full((1, 1, 2, 2), number % 8)
+        combination.predict(context)
+        combination.observe_pass(context, routes_BSLK)
+        p_1LE = table.predict(context)[0]
+        assert (p_1LE.argmax(-1) == number % 8).all()
+    assert learnt == [2, 5, 8]
