@@ -13,7 +13,7 @@ import typer
 from expertflow.commands.flags import DEFAULT_MAX_TOKENS, RevisionOption, TimelineOption, takes
 from expertflow.commands.session import (
     check_can_write,
-    check_seating,
+    checked_seating,
     load,
     progress_bar,
     report_run,
@@ -86,7 +86,7 @@ def batch(
         )
     if requests.absolute() == results.absolute():
         raise ValueError(f"{results} is the file of requests; give another name to the results")
-    check_seating(execution, schedule, checked)
+    seating = checked_seating(execution, schedule, checked)
     from expertflow.engine.batch_results import BatchResults
     from expertflow.engine.batch_run import BatchRun, sha256_of
 
@@ -100,7 +100,7 @@ def batch(
         from expertflow.engine.engine import Engine
 
         default_tokens = None if "max_tokens" in sampling else DEFAULT_MAX_TOKENS
-        with Engine(llm, execution=execution, schedule=schedule) as engine, _answering() as progress:
+        with Engine(llm, **seating) as engine, _answering() as progress:
             run = BatchRun(llm, engine, requests, kept, sampling_params(llm, sampling), default_tokens)
             try:
                 run.run(progress)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from expertflow.commands.flags import ModelArgument, RevisionOption, takes
-from expertflow.commands.session import check_seating, load
+from expertflow.commands.session import checked_seating, load
 from expertflow.config import BatchSettings
 from expertflow.server.settings import ServerSettings
 
@@ -49,7 +49,7 @@ def serve(
     """
     checked = BatchSettings(**settings)
     wanted = ServerSettings(**server).with_keys(os.environ)
-    check_seating(execution, schedule, checked)
+    seating = checked_seating(execution, schedule, checked)
     try:
         from expertflow.server.serve import listening_socket
         from expertflow.server.serve import serve as serve_model
@@ -65,7 +65,7 @@ def serve(
     bound = listening_socket(wanted)
     settings = {**settings, "batch": checked.batch, "sequences": checked.sequences}
     with bound, load(model, revision, settings) as llm:
-        engine = Engine(llm, execution=execution, schedule=schedule)  # type: ignore[arg-type]  # it says what it takes
+        engine = Engine(llm, **seating)
         keys = "with a key" if wanted.api_key else "without a key"
         complete = serve_model(
             llm,

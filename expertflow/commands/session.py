@@ -113,8 +113,8 @@ def check_can_write(stats_json: Path | None, heatmap: Path | None, timeline: Pat
         require_matplotlib()
 
 
-def check_seating(execution: str, schedule: str, settings: Settings) -> None:
-    """What an engine would refuse, before a model is loaded."""
+def checked_seating(execution: str, schedule: str, settings: Settings) -> dict[str, Any]:
+    """The two for an Engine; what it would refuse is refused here, before a model is loaded."""
     from expertflow.engine.auto_schedule import SCHEDULES
     from expertflow.engine.unit import EXECUTIONS
 
@@ -126,6 +126,7 @@ def check_seating(execution: str, schedule: str, settings: Settings) -> None:
         raise ValueError(
             "--schedule auto groups by predicted experts; add --predictor online, or a trained one"
         )
+    return {"execution": execution, "schedule": schedule}
 
 
 @contextlib.contextmanager

@@ -101,5 +101,8 @@ class Submitted:
             self.error = error
             self._finished.set()
             self._pieces.put(None)
-            if self._on_done is not None:
-                self._on_done(self)
+            on_done = self._on_done
+            # Whoever is told often holds this request: let both go as soon as nobody else wants them.
+            self._on_text = self._on_token = self._on_done = None
+            if on_done is not None:
+                on_done(self)
