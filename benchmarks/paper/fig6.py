@@ -42,9 +42,9 @@ OVER_SE_MOE = {
 OVER_CACHE_MOE = {"Mixtral-8": 1.99, "Qwen1.5": 2.12, "DeepSeek-MoE": 1.94}
 SHOWN = (CACHE_MOE, SE_MOE, PREGATED, ON_DEMAND, SPLIT, GROUPED, JOINT)
 PAPER = (
-    "at 16 experts per layer (CS) and batches of 32 (BS), 2.01, 3.19 and 5.86 times SE-MoE on Switch-32, -64 and "
-    "-128, 9.99 times at CS = 4 on the last; up to 1.99, 2.12 and 1.94 times Cache-MoE on Mixtral-8, Qwen1.5 and "
-    "DeepSeek-MoE."
+    "at 16 experts per layer (CS) and batches of 32 (BS), 2.01, 3.19 and 5.86 times SE-MoE on Switch-32, "
+    "-64 and -128, 9.99 times at CS = 4 on the last; up to 1.99, 2.12 and 1.94 times Cache-MoE on "
+    "Mixtral-8, Qwen1.5 and DeepSeek-MoE."
 )
 
 
@@ -98,14 +98,15 @@ def notes(result: Result) -> list[str]:
     ratios = [row["transfer_to_compute"] for row in result.rows if row["system"] == ON_DEMAND]
     return [
         f"Decode only, the first {result.conditions['most_steps']} tokens of held-out answers; predictors: "
-        f"{result.conditions['predictor']}. WMT16 is stood for by recorded translation, Alpaca by chat, AIME2024 by "
-        "math, and XSUM, of which nothing was recorded, by chat. On the profile "
-        f"{result.conditions['hardware']} (25 GB/s, 696 GB/s, 0.1 ms per expert, from data sheets) the transfers of "
-        f"LRU take {min(ratios):.1f} to {max(ratios):.1f} times its arithmetic.",
-        "SE-MoE is whichever is faster, whole layers streamed through the slots there are or through a ring of two "
-        "whole layers; Pregated-MoE predicts with our predictor, and its router corrects it. TS: two batches take "
-        "turns and are grouped anew before each step; joint: they meet at every MoE layer, so that an expert is "
-        "loaded once for both. Ours holds two batches in either case, as the paper's pipeline does; a rival holds one.",
+        f"{result.conditions['predictor']}. WMT16 is stood for by recorded translation, Alpaca by chat, "
+        "AIME2024 by math, and XSUM, of which nothing was recorded, by chat. On the profile "
+        f"{result.conditions['hardware']} (25 GB/s, 696 GB/s, 0.1 ms per expert, from data sheets) the "
+        f"transfers of LRU take {min(ratios):.1f} to {max(ratios):.1f} times its arithmetic.",
+        "SE-MoE is whichever is faster, whole layers streamed through the slots there are or through a "
+        "ring of two whole layers; Pregated-MoE predicts with our predictor, and its router corrects it. "
+        "TS: two batches take turns and are grouped anew before each step; joint: they meet at every MoE "
+        "layer, so that an expert is loaded once for both. Ours holds two batches in either case, as the "
+        "paper's pipeline does; a rival holds one.",
     ]
 
 
@@ -114,8 +115,8 @@ def _both_batches(grid: Grid) -> Iterator[str]:
     ratios = [ratio for c in grid.by if (ratio := grid.faster(c, JOINT, CACHE_MOE_BOTH)) is not None]
     if ratios:
         yield (
-            f"Given both batches as one of twice the size, Cache-MoE is closer: joint is then {min(ratios):.2f} to "
-            f"{max(ratios):.2f} times as fast."
+            "Given both batches as one of twice the size, Cache-MoE is closer: joint is then "
+            f"{min(ratios):.2f} to {max(ratios):.2f} times as fast."
         )
 
 
