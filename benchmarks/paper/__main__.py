@@ -83,7 +83,7 @@ def choose(items: Sequence[Item], only: str | None, mode: str | None) -> list[It
     if not chosen:
         modes = sorted({item.mode for item in items if item.name in wanted})
         raise ValueError(
-            f"--mode {mode}: {', '.join(wanted) or 'nothing'} is made in this way; there is "
+            f"--mode {mode}: {', '.join(wanted) or 'nothing'} is not made in this way; there is "
             f"{', '.join(modes)}"
         )
     return chosen

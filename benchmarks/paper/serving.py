@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.paper import measured, recordings, table2
 from benchmarks.paper.item import Item, Part, Result, Row, Say, Section, Settings, Table, Target
-from expertflow.timeline import TRACKS, Span, Timeline
+from expertflow.timeline import TRACKS, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,27 +115,21 @@ def _record(settings: Settings, small: measured.Small, name: str, units: int, sa
     ]
 
 
-def hidden_share(spans: Sequence[Span]) -> float | None:
-    """Of the time of prediction and grouping, the part in which some unit computed; None where there was none."""
-    computed = sorted((span.begin, span.end) for span in spans if span.track == "compute")
-    decided = [
-        span for span in spans if span.track in ("predict", "group") and span.detail.get("hidden", True)
-    ]
-    every = [span for span in spans if span.track in ("predict", "group")]
-    total = sum(span.end - span.begin for span in every)
-    if not total:
-        return None
-    beside = sum(
-        max(0.0, min(end, span.end) - max(begin, span.begin)) for span in decided for begin, end in computed
-    )
-    return beside / total
+def hidden_share(engine: Row) -> float | None:
+    """Of the time of prediction and grouping, the part beside which another unit computed; None where there was none.
+
+    engine: EngineStats as plain JSON.
+    """
+    hidden = engine["hidden_predict_seconds"] + engine["hidden_group_seconds"]
+    total = hidden + engine["predict_seconds"] + engine["group_seconds"]
+    return hidden / total if total else None
 
 
 def timeline_section(result: Result) -> Section:
     rows = []
     for row in result.rows:
         busy, stats = row["busy"], row["engine"]
-        share = "" if row["hidden"] is None else f"{row['hidden']:.0%}"
+        share = "" if hidden_share(stats) is None else f"{row['hidden']:.0%}"
         seconds = [f"{busy.get(track, 0.0):.2f}" for track in TRACKS]
         rows.append(
             (
