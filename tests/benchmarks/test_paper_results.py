@@ -28,9 +28,10 @@ def item(made: list[str], fails_at: str | None = None, conditions: dict | None =
     def section(result: Result) -> Section:
         return Section("one, two and three.", ["A note."], [Table("All", ("name",), [("x|y",)])])
 
-    return Item(
-        "fig0", "simulated", "Fig. 0: nothing", lambda settings: conditions or {}, lambda s: [*map(part, "abc")], section
-    )  # fmt: skip
+    def parts(settings: Settings) -> list[Part]:
+        return [part(name) for name in "abc"]
+
+    return Item("fig0", "simulated", "Fig. 0: nothing", lambda settings: conditions or {}, parts, section)
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
@@ -80,7 +81,7 @@ def test_what_cannot_run_here_says_why_on_the_page(tmp_path):
 def test_a_file_that_is_no_result_is_refused(tmp_path):
     path = tmp_path / "fig0-simulated.json"
     path.write_text('{"format": "something else"}')
-    with pytest.raises(ValueError, match="is no result of this program .* delete it"):
+    with pytest.raises(ValueError, match=r"is no result of this program .* delete it"):
         results.load(path)
 
 
@@ -184,9 +185,13 @@ def test_items_are_chosen_by_name_and_mode():
     assert [i.name for i in program.choose(ITEMS, "table1,fig8", None)] == ["table1", "fig8"]
     assert {i.mode for i in program.choose(ITEMS, "fig6", None)} == {"simulated", "measured"}
     assert [i.mode for i in program.choose(ITEMS, "fig6", "measured")] == ["measured"]
-    with pytest.raises(ValueError, match=r"--only fig99: no such table or figure; known: table1, .*fig6.*table2"):
+    with pytest.raises(
+        ValueError, match=r"--only fig99: no such table or figure; known: table1, .*fig6.*table2"
+    ):
         program.choose(ITEMS, "fig6,fig99", None)
-    with pytest.raises(ValueError, match=r"--mode measured: table1 is not made in this way; there is counted"):
+    with pytest.raises(
+        ValueError, match=r"--mode measured: table1 is not made in this way; there is counted"
+    ):
         program.choose(ITEMS, "table1", "measured")
 
 
