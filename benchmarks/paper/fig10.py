@@ -24,7 +24,7 @@ BATCHES, CACHE_SIZES = (4, 8, 16), (8, 16)
 # lies below what data sheets say.
 RATIOS = (None, 0.25, 0.5, 1.0)
 POLICIES = ("lru", "lfu", "plec-paper", "plec", "belady", "belady-prefetch")
-MAX_STEPS, QUICK_STEPS = 400, 60
+MAX_STEPS, QUICK_STEPS = 160, 40
 # (cache size, batch) -> LRU, PLEC
 IN_PAPER = {(16, 4): (76.61, 91.90), (16, 16): (58.37, 85.91), (8, 16): (36.22, 71.89)}
 BEST, ABOVE_LRU = 91.96, 61.15
@@ -88,8 +88,8 @@ def section(result: Result) -> Section:
         [
             "Hit: there when its layer opened. Ratio: how long LRU's transfers take to its arithmetic; a "
             "prefetch can only be there in time where arithmetic leaves the link time, so hits with "
-            f"prediction fall as the ratio grows, and LRU's do not. {result.conditions['predictor']}; one "
-            "batch at a time, all steps of held-out answers.",
+            f"prediction fall as the ratio grows, and LRU's do not. Predictor: {result.conditions['predictor']}. "
+            f"One batch at a time, {result.conditions['max_steps']} steps of held-out answers.",
         ],
         [Table("Hit ratios on Switch-32", header, rows)],
         list(_targets(found)),
