@@ -25,7 +25,7 @@ from expertflow.timeline import Timeline
 
 # The link over which LRU's loads take so many times its arithmetic, at a quarter of the experts.
 RATIO, SHARE = 2.0, 1 / 4
-_STEPS, _QUICK_STEPS = 96, 24
+_STEPS, _QUICK_STEPS, _ZOO_STEPS = 96, 24, 32  # those of the zoo have more layers, and take longer
 _PROMPT_TOKENS = 32
 
 
@@ -67,7 +67,7 @@ def decode(
 
     systems: name -> policy, and whether it predicts.
     """
-    steps = _QUICK_STEPS if settings.quick else _STEPS
+    steps = _QUICK_STEPS if settings.quick else _STEPS if small.folder == TINY else _ZOO_STEPS
     said = predictor(settings, small, say)
     at = SHARE * small.experts
     say(f"{small.name}, batch {batch}: choosing a link")
