@@ -42,6 +42,7 @@ OVER_SE_MOE = {
     ("Switch-128", 4): 9.99,
 }
 OVER_CACHE_MOE = {"Mixtral-8": 1.99, "Qwen1.5": 2.12, "DeepSeek-MoE": 1.94}
+BOUND = "belady-prefetch"  # with our grouping, or joint
 SHOWN = (CACHE_MOE, SE_MOE, PREGATED, ON_DEMAND, SPLIT, GROUPED, JOINT)
 PAPER = (
     "at 16 experts per layer (CS) and batches of 32 (BS), 2.01, 3.19 and 5.86 times SE-MoE on Switch-32, "
@@ -120,11 +121,11 @@ def notes(result: Result) -> list[str]:
         "AIME2024 by math, and XSUM, of which nothing was recorded, by chat. On the profile "
         f"{result.conditions['hardware']} (25 GB/s, 696 GB/s, 0.1 ms per expert, from data sheets) the "
         f"transfers of LRU take {min(ratios):.1f} to {max(ratios):.1f} times its arithmetic.",
-        "SE-MoE is whichever is faster, whole layers streamed through the slots there are or through a "
-        "ring of two whole layers; Pregated-MoE predicts with our predictor, and its router corrects it. "
-        "TS: two batches take turns and are grouped anew before each step; joint: they meet at every MoE "
-        "layer, so that an expert is loaded once for both. Ours holds two batches in either case, as the "
-        "paper's pipeline does; a rival holds one.",
+        "SE-MoE is whichever is faster, whole layers streamed through the slots there are or through a ring of two "
+        "whole layers, even where that is more memory; Pregated-MoE predicts with our predictor, and its router "
+        "corrects it. TS: two batches take turns and are grouped anew before each step; joint: they meet at every "
+        "MoE layer, so that an expert is loaded once for both. Ours holds two batches in either case, as the paper's "
+        "pipeline does; a rival holds one. Bound: belady-prefetch, which knows all that comes.",
     ]
 
 
@@ -175,25 +176,24 @@ def _rate(row: Row | None) -> str:
 def _targets(grid: Grid) -> Iterator[Target]:
     for (model, size), asked in OVER_SE_MOE.items():
         condition = (model, 32, size)
-        got, bound = grid.faster(condition, GROUPED, SE_MOE), grid.faster(condition, BEST_GROUPED, SE_MOE)
+        got = grid.faster(condition, GROUPED, SE_MOE)
         if got is not None:
+            bound = max(grid.faster(condition, best, SE_MOE) or 0.0 for best in (BEST_GROUPED, BEST_JOINT))
             at = "TS, batches in turn, as the paper runs them"
-            yield Target(
-                f"{model} over SE-MoE, CS={size}, BS=32", asked, got, "x", at, bound, "belady-prefetch"
-            )
+            yield Target(f"{model} over SE-MoE, CS={size}, BS=32", asked, got, "x", at, bound, BOUND)
     for model, asked in OVER_CACHE_MOE.items():
         yield from up_to(grid, model, asked)
 
 
 def up_to(grid: Grid, model: str, asked: float) -> Iterator[Target]:
-    """The best ratio over Cache-MoE, for batches in turn and for joint ones."""
-    for system, best, how in ((GROUPED, BEST_GROUPED, "TS"), (JOINT, BEST_JOINT, "joint")):
-        got, bound = grid.best(model, system, CACHE_MOE), grid.best(model, best, CACHE_MOE)
-        if got is not None and bound is not None:
+    """The best ratio over Cache-MoE, for batches in turn and for joint ones; the bound is that of either."""
+    bounds = [grid.best(model, best, CACHE_MOE) for best in (BEST_GROUPED, BEST_JOINT)]
+    bound = max((found[0] for found in bounds if found is not None), default=None)
+    for system, how in ((GROUPED, "TS"), (JOINT, "joint")):
+        got = grid.best(model, system, CACHE_MOE)
+        if got is not None:
             at = f"CS={got[1][2]:g}, BS={got[1][1]:g}"
-            yield Target(
-                f"{model} over Cache-MoE, up to, {how}", asked, got[0], "x", at, bound[0], "belady-prefetch"
-            )
+            yield Target(f"{model} over Cache-MoE, up to, {how}", asked, got[0], "x", at, bound, BOUND)
 
 
 def figures(result: Result) -> dict[str, Figure]:

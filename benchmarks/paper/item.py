@@ -75,8 +75,7 @@ class Result:
 class Target:
     """A number of the paper, ours beside it, and what nobody could beat.
 
-    unit: "x", "%", "GB" or "". bound: None where none is known. at: the conditions of ours, in words. exact: ours is
-    to be the paper's number, not better than it.
+    unit: "x", "%", "GB" or "". bound: None where none is known. at: the conditions of ours, in words.
     """
 
     name: str

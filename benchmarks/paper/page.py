@@ -37,8 +37,8 @@ def page(made: Sequence[tuple[Item, Result]], missing: Sequence[Item], figures: 
     if headlines:
         blocks += ["## What was to be reached", _headlines(headlines)]
         blocks += [
-            "Bound: what a cache that knows the future reaches under the same conditions, or plain "
-            "arithmetic. Where we fall short:",
+            "Bound: what a cache that knows all that comes reaches under the same conditions, or plain "
+            "arithmetic, as named in brackets. Where we fall short:",
         ]
         short = [f"- {target.name}: {verdict(target)}" for _, target in headlines if not target.met]
         blocks.append("\n".join(short) or "Nowhere.")
@@ -101,7 +101,7 @@ def verdict(target: Target) -> str:
     bound = number(target.bound or 0.0, target.unit)
     if target.within_bound:
         return f"{said}; {target.bound_name} reaches {bound} here, so the rest is ours to find."
-    return f"{said}; {target.bound_name} reaches no more than {bound} here, so nobody can under these conditions."
+    return f"{said}; {target.bound_name} reaches no more than {bound}: not to be had under these conditions."
 
 
 def number(value: float, unit: str) -> str:

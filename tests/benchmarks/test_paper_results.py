@@ -98,12 +98,12 @@ def target(**given) -> Target:
          "1.50x where the paper has 2.00x, so we fall short (CS=4); belady reaches 3.00x here, so the rest is ours "
          "to find."),
         ({"bound": 1.8, "bound_name": "belady"},
-         "1.50x where the paper has 2.00x, so we fall short (CS=4); belady reaches no more than 1.80x here, so nobody "
-         "can under these conditions."),
+         "1.50x where the paper has 2.00x, so we fall short (CS=4); belady reaches no more than 1.80x: not to be "
+         "had under these conditions."),
         ({"lower_is_better": True, "unit": "GB"}, "1.50 GB where the paper has 2.00 GB (CS=4)."),
         ({"got": 2.5, "lower_is_better": True, "unit": "GB", "bound": 2.2, "bound_name": "no slot"},
-         "2.50 GB where the paper has 2.00 GB, so we fall short (CS=4); no slot reaches no more than 2.20 GB here, so "
-         "nobody can under these conditions."),
+         "2.50 GB where the paper has 2.00 GB, so we fall short (CS=4); no slot reaches no more than 2.20 GB: not to "
+         "be had under these conditions."),
     ],
 )  # fmt: skip
 def test_the_verdict_follows_from_the_numbers(given, said):
@@ -117,10 +117,11 @@ GOLDEN = """## What was to be reached
 | [fig0](#fig-0-nothing), simulated | speed | 2.00x | 1.50x | 1.80x (belady) | **not met** |
 | [fig0](#fig-0-nothing), simulated | memory | 2.00 GB | 1.50 GB |  | met |
 
-Bound: what a cache that knows the future reaches under the same conditions, or plain arithmetic. Where we fall short:
+Bound: what a cache that knows all that comes reaches under the same conditions, or plain arithmetic, as named in \
+brackets. Where we fall short:
 
-- speed: 1.50x where the paper has 2.00x, so we fall short (CS=4); belady reaches no more than 1.80x here, so nobody \
-can under these conditions.
+- speed: 1.50x where the paper has 2.00x, so we fall short (CS=4); belady reaches no more than 1.80x: not to be had \
+under these conditions.
 
 ## Fig. 0: nothing
 
@@ -140,8 +141,8 @@ Simulated: recorded routes on a virtual clock. No figure of this section was tak
 
 A note.
 
-speed: 1.50x where the paper has 2.00x, so we fall short (CS=4); belady reaches no more than 1.80x here, so nobody \
-can under these conditions.
+speed: 1.50x where the paper has 2.00x, so we fall short (CS=4); belady reaches no more than 1.80x: not to be had \
+under these conditions.
 
 <sub>commit abc, seed 0, 2026-11-22T18:00+00:00, 2 s on 2 cores of P, torch 2; `fig0-simulated.json` has every row</sub>
 
