@@ -89,7 +89,9 @@ class Target:
 
     @property
     def met(self) -> bool:
-        return self.got <= self.asked if self.lower_is_better else self.got >= self.asked
+        """As the paper prints its numbers, with two digits."""
+        got = round(self.got, 2)
+        return got <= self.asked if self.lower_is_better else got >= self.asked
 
     @property
     def within_bound(self) -> bool | None:

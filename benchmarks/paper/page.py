@@ -36,12 +36,10 @@ def page(made: Sequence[tuple[Item, Result]], missing: Sequence[Item], figures: 
     headlines = [(item, target) for item, _, section in sections for target in section.targets]
     if headlines:
         blocks += ["## What was to be reached", _headlines(headlines)]
-        blocks += [
-            "Bound: what a cache that knows all that comes reaches under the same conditions, or plain "
-            "arithmetic, as named in brackets. Where we fall short:",
-        ]
-        short = [f"- {target.name}: {verdict(target)}" for _, target in headlines if not target.met]
-        blocks.append("\n".join(short) or "Nowhere.")
+        blocks.append(
+            "Bound: what a cache that knows all that comes reaches under the same conditions, or plain arithmetic, "
+            "as named in brackets. Each section has a sentence on what is not met."
+        )
     last = ""
     for item, result, section in sections:
         if item.name != last:
@@ -101,7 +99,7 @@ def verdict(target: Target) -> str:
     bound = number(target.bound or 0.0, target.unit)
     if target.within_bound:
         return f"{said}; {target.bound_name} reaches {bound} here, so the rest is ours to find."
-    return f"{said}; {target.bound_name} reaches no more than {bound}: not to be had under these conditions."
+    return f"{said}; {target.bound_name} reaches no more than {bound} under these conditions."
 
 
 def number(value: float, unit: str) -> str:
