@@ -159,7 +159,7 @@ def figures(result: Result) -> dict[str, Figure]:
     style.grouped_bars(axes[0][0], models, heights, colours)
     axes[0][0].axhline(_DEVICE_GB, color=style.BLACK, linewidth=0.8, linestyle=":")
     axes[0][0].set(ylabel="GB", yscale="log")
-    style.legend_above(figure, axes[0][0], columns=5)
+    style.legend_above(figure, axes[0][0], columns=3)
     return {"fig8-counted": figure}
 
 

@@ -108,7 +108,6 @@ def _record(settings: Settings, small: measured.Small, name: str, units: int, sa
         {
             "pipeline": name,
             **row,
-            "hidden": hidden_share(spans),
             "busy": timeline.busy_seconds(),
             "spans": drawn,
         }
