@@ -128,7 +128,8 @@ def timeline_section(result: Result) -> Section:
     rows = []
     for row in result.rows:
         busy, stats = row["busy"], row["engine"]
-        share = "" if hidden_share(stats) is None else f"{row['hidden']:.0%}"
+        hidden = hidden_share(stats)
+        share = "" if hidden is None else f"{hidden:.0%}"
         seconds = [f"{busy.get(track, 0.0):.2f}" for track in TRACKS]
         rows.append(
             (

@@ -261,3 +261,33 @@ def test_costs_are_of_the_published_sizes():
         built = on_meta(model.config())
         itemsize = 4 if model.recording.startswith("switch") else 2
         assert math.isclose(model_size(model.size).expert_bytes, count(built).expert * itemsize)
+
+
+def test_fig_4_draws_the_last_steps_of_both_pipelines(tmp_path, monkeypatch):
+    """Eight steps of a clock of our own: six are drawn, and the table has the busy seconds of all."""
+
+    def serve(settings, small, *, timeline, units, **given):
+        for step in range(8):
+            timeline.add("compute", f"unit {step % units}", 10.0 + step, 10.9 + step)
+            timeline.add("predict", "online", 10.2 + step, 10.4 + step, hidden=units > 1)
+        stats = dict.fromkeys(("hidden_group_seconds", "group_seconds", "predict_seconds"), 0.0)
+        stats |= {"hidden_predict_seconds": 1.6, "scheduling_share": 0.1}
+        return {
+            "units": units,
+            "tokens_per_s": 1.0,
+            "engine": stats,
+            "stolen": 0.0,
+            "others": 0.0,
+            "disturbed": False,
+        }
+
+    monkeypatch.setattr(serving.measured, "serve", serve)
+    settings = Settings(out=tmp_path, quick=True)
+    found = results.run(serving.FIG4, settings, print)
+    assert [row["pipeline"] for row in found.rows] == ["sequential", "dual-batch"]
+    computed = [span for span in found.rows[0]["spans"] if span[0] == "compute"]
+    assert [span[2] for span in computed] == pytest.approx([0, 1, 2, 3, 4, 5])
+    (table,) = serving.FIG4.section(found).tables
+    assert table.rows[1][1] == "1.60"
+    assert table.rows[1][6] == "100%"
+    assert [path.suffix for path in program.draw(serving.FIG4, found, settings)] == [".png", ".svg"]
