@@ -133,6 +133,30 @@ def _processor_ticks() -> list[int]:
 _TICKS_AT_START = _processor_ticks()
 
 
+def commit() -> str:
+    """Of the working copy, with a plus where it holds changes; "unknown" outside one."""
+    described = _git("describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+")
+    return described or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return done.stdout.strip()
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "stolen_share": round(stolen_share(), 3),
+    }
+
+
 def report(
     name: str,
     metrics: dict[str, Any],
@@ -142,24 +166,10 @@ def report(
     json_path: Path | None,
 ) -> None:
     """Print the JSON object that ends every benchmark, and write it to a file when asked."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
     result = {
         "name": name,
-        "commit": commit or "unknown",
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "stolen_share": round(stolen_share(), 3),
-        },
+        "commit": commit(),
+        "machine": machine(),
         "seed": seed,
         "metrics": metrics,
         "bounds": bounds,

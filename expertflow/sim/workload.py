@@ -7,9 +7,11 @@ Everything is causal: a predictor that learns while serving has learnt from earl
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,62 +130,92 @@ def _decoded(group: Group, values_BT: Tensor) -> list[Tensor]:
     return [values_BT[row, group.prefill :][group.mask_BT[row, group.prefill :]] for row in range(len(group))]
 
 
+class Step(NamedTuple):
+    """One forward pass: each row is a sequence of a Foretold and the number of its decode step. last: the texts end
+    with it, so what was seen lately says nothing of what comes."""
+
+    rows: Sequence[tuple[int, int]]
+    last: bool = False
+
+
+def decode_steps(sequence: TracedSequence) -> int:
+    return len(sequence.target_ids_T) - sequence.num_prefill
+
+
 def make_workload(foretold: Foretold, batch: int, max_steps: int | None = None, seed: int = 0) -> Workload:
     """Decode steps in batches of sequences whose answers are about as long.
 
     Raises ValueError for a batch that is no size, or larger than the recording.
     """
-    meta, sequences = foretold.meta, foretold.sequences
-    if not 1 <= batch <= len(sequences):
+    groups = alike_in_length(foretold.sequences, batch, seed)
+    steps = itertools.chain.from_iterable(_batch_steps(foretold.sequences, members) for members in groups)
+    return workload_of(foretold, batch, itertools.islice(steps, max_steps), seed)
+
+
+def alike_in_length(sequences: Sequence[TracedSequence], size: int, seed: int = 0) -> list[list[int]]:
+    """Sequences in groups of `size` whose answers are about as long, the longest in front; groups in random order.
+
+    Raises ValueError for a size that is none, or larger than the recording.
+    """
+    if not 1 <= size <= len(sequences):
         raise ValueError(
-            f"batch={batch}: give 1 to {len(sequences)}, the number of recorded sequences that decode"
+            f"batch={size}: give 1 to {len(sequences)}, the number of recorded sequences that decode"
         )
+    order = sorted(range(len(sequences)), key=lambda n: -decode_steps(sequences[n]))
+    full = len(order) // size * size  # the remainder would be a smaller batch
+    groups = [order[first : first + size] for first in range(0, full, size)]
+    random.Random(seed).shuffle(groups)
+    return groups
+
+
+def _batch_steps(sequences: Sequence[TracedSequence], members: Sequence[int]) -> Iterator[Step]:
+    longest = decode_steps(sequences[members[0]])
+    for t in range(longest):
+        rows = [(n, t) for n in members if t < decode_steps(sequences[n])]
+        yield Step(rows, last=t == longest - 1)
+
+
+def workload_of(foretold: Foretold, batch: int, steps: Iterable[Step], seed: int = 0) -> Workload:
+    """Passes of these steps, in this order, each with what was expected of it before; `batch` is only noted."""
+    meta, sequences = foretold.meta, foretold.sequences
     shape = shape_of(meta)
     experts = max(shape.experts_per_layer)
-    steps = [len(s.target_ids_T) - s.num_prefill for s in sequences]
-    order = sorted(range(len(sequences)), key=lambda n: -steps[n])
-    full = len(order) // batch * batch  # the remainder would be a smaller batch
-    groups = [order[first : first + batch] for first in range(0, full, batch)]
-    random.Random(seed).shuffle(groups)
     expected = PassForecast(
         shape.num_layers, experts, meta.top_k, foretold.p_TLE is not None, foretold.absent_TCLE is not None
     )
     draw = torch.Generator().manual_seed(seed)
     passes: list[Pass] = []
     rows = 0
-    for members in groups:
-        routes = [sequences[n].target_routes_TLK[sequences[n].num_prefill :] for n in members]
-        for t in range(steps[members[0]]):
-            alive = [n for n, routes_TLK in zip(members, routes, strict=True) if t < len(routes_TLK)]
-            routes_BLK = torch.stack(
-                [torch.from_numpy(routes[b][t].astype("int64")) for b in range(len(alive))]
-            )
-            used_LE = multi_hot(routes_BLK, experts).any(0)
-            forecast = _forecast(foretold, expected, alive, t, used_LE, draw)
-            passes.append(Pass([row.nonzero().flatten().tolist() for row in used_LE], forecast))
-            rows += len(alive)
-            if max_steps is not None and len(passes) >= max_steps:
-                return Workload(shape, passes, batch, rows, foretold.prediction)
-        expected.end_of_text()
+    for step in steps:
+        routes_BLK = torch.stack([_routes_LK(sequences[n], t) for n, t in step.rows])
+        used_LE = multi_hot(routes_BLK, experts).any(0)
+        forecast = _forecast(foretold, expected, step.rows, used_LE, draw)
+        passes.append(Pass([row.nonzero().flatten().tolist() for row in used_LE], forecast))
+        rows += len(step.rows)
+        if step.last:
+            expected.end_of_text()
     return Workload(shape, passes, batch, rows, foretold.prediction)
+
+
+def _routes_LK(sequence: TracedSequence, t: int) -> Tensor:
+    return torch.from_numpy(sequence.target_routes_TLK[sequence.num_prefill + t].astype("int64"))
 
 
 def _forecast(
     foretold: Foretold,
     expected: PassForecast,
-    alive: list[int],
-    t: int,
+    rows: Sequence[tuple[int, int]],
     used_LE: Tensor,
     draw: torch.Generator,
 ) -> Forecast | None:
-    """What is expected of one step of these sequences; then learns from what it used."""
+    """What is expected of one step of these rows; then learns from what it used."""
     if foretold.prediction == "none":
         return None
     p_LE = later_CLE = None
     if foretold.p_TLE is not None:
-        p_LE = 1 - (1 - torch.stack([foretold.p_TLE[n][t] for n in alive]).float()).prod(0)
+        p_LE = 1 - (1 - torch.stack([foretold.p_TLE[n][t] for n, t in rows]).float()).prod(0)
     if foretold.absent_TCLE is not None:
-        later_CLE = torch.stack([foretold.absent_TCLE[n][t] for n in alive]).float().prod(0)
+        later_CLE = torch.stack([foretold.absent_TCLE[n][t] for n, t in rows]).float().prod(0)
     if foretold.prediction == "noise" and p_LE is not None:
         # The same probabilities, given to other experts of the layer.
         p_LE = p_LE.gather(1, torch.rand(p_LE.shape, generator=draw).argsort(1))

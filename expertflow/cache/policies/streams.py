@@ -78,27 +78,34 @@ class LayerRing(Policy):
     def __init__(self, shape: MoEShape, num_slots: int):
         super().__init__(shape, num_slots)
         self._layer = shape.num_layers - 1  # the one that opened last; the next pass begins after it
-        self._residents: dict[ExpertId, None] = {}  # oldest first
+        # Of each layer, oldest first: whoever goes is found without looking at all.
+        self._residents: list[dict[ExpertId, None]] = [{} for _ in range(shape.num_layers)]
 
     def loaded(self, expert: ExpertId) -> None:
-        self._residents[expert] = None
+        self._residents[expert.layer][expert] = None
 
     def used(self, expert: ExpertId) -> None:
         return None
 
     def evicted(self, expert: ExpertId) -> None:
-        del self._residents[expert]
+        del self._residents[expert.layer][expert]
 
     def layer_opened(self, layer: int, needed: Sequence[ExpertId]) -> None:
         self._layer = layer
 
     def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
-        return max((e for e in self._residents if e in offered), key=self._layers_ahead, default=None)
+        for behind in range(self.shape.num_layers):  # the layer that has just run is farthest ahead
+            for expert in self._residents[self._layer - behind]:
+                if expert in offered:
+                    return expert
+        return None
 
     def next_prefetch(self, residents: Collection[ExpertId]) -> ExpertId | None:
         num_layers = self.shape.num_layers
         for ahead in range(1, num_layers):
             layer = (self._layer + ahead) % num_layers
+            if len(self._residents[layer]) == self.shape.experts_per_layer[layer]:
+                continue
             for number in range(self.shape.experts_per_layer[layer]):
                 if (expert := ExpertId(layer, number)) not in residents:
                     return expert
