@@ -211,8 +211,8 @@ def _how(result: Result) -> str:
     return (
         f"Two batches of {said['batch']}, a quarter of the experts cached, {said['hardware']}, {said['steps']} steps "
         f"of each answer. A step: one token of each sequence of both batches. Predictors: {said['predictor']}; the "
-        f"paper's RPP at most {PAPER_MINUTES:g} minutes. The routes of tiny-moe stand for no published model and are given the "
-        f"experts of Qwen1.5-MoE. All {len(result.rows)} combinations are in the JSON."
+        f"paper's RPP at most {PAPER_MINUTES:g} minutes. The routes of tiny-moe stand for no published model and are "
+        f"given the experts of Qwen1.5-MoE. All {len(result.rows)} combinations are in the JSON."
     )
 
 

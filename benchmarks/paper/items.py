@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.paper import ablation, fig6, fig7, fig8, fig9, fig10, table1, table2
+from benchmarks.paper import ablation, fig6, fig7, fig8, fig9, fig10, sensitivity, table1, table2
 from benchmarks.paper.item import Item
 
 ITEMS: tuple[Item, ...] = (
@@ -14,4 +14,5 @@ ITEMS: tuple[Item, ...] = (
     fig10.ITEM,
     table2.ITEM,
     ablation.ITEM,
+    sensitivity.ITEM,
 )
