@@ -15,19 +15,10 @@ import torch
 
 from benchmarks.common import console
 from benchmarks.paper import results, style
+from benchmarks.paper.gains import AXES, axis_table, rule_of_thumb, rule_sentences, sentences
 from benchmarks.paper.item import Result, Settings
 from benchmarks.paper.page import markdown
-from benchmarks.paper.sensitivity import (
-    AXES,
-    BATCH,
-    DRAWN_LAYERS,
-    ITEM,
-    SETTLE,
-    SHARE,
-    axis_table,
-    rule_of_thumb,
-    sentences,
-)
+from benchmarks.paper.sensitivity import BATCH, DRAWN_LAYERS, ITEM, SETTLE, SHARE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,9 +80,7 @@ def page(result: Result) -> str:
         "each layer's share of the cache, loads overlapped: our strong baseline, not Cache-MoE). "
         "`expertflow simulate` prints it as `ratio` for a recording and a machine.",
         markdown(rule_of_thumb(result.rows)),
-        "Below 1 the link is fast enough that overlapping hides most loads without any prediction. Far above 1 the "
-        "link is busy all the time: a prefetch cannot help, only loading fewer bytes can (eviction, a larger cache, several "
-        "batches that share their experts).",
+        " ".join(rule_sentences(result.rows)),
         "## How it was made",
         f"One thing is varied at a time around batches of {BATCH}, {SHARE:.0%} of the experts cached, the profile "
         f"{said['hardware']} (25 GB/s, 696 GB/s, 0.1 ms per expert) and recorded routes of a small Qwen1.5-MoE at the "
