@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench zoo clean
+.PHONY: demo test lint bench paper zoo clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode_under_budget --quick
+
+# Every table and figure of the paper beside ours, and docs/results.md; resumable, under 3 hours on two cores.
+paper: $(STAMP)
+	$(BIN)/python -m benchmarks.paper --page docs/results.md
 
 # Small models with real routing, one per architecture of the paper's Table 1; resumable, about 40 minutes each.
 ZOO := qwen1.5-moe switch-32 mixtral-8 deepseek-moe switch-64 switch-128

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils import logging
 
 from benchmarks.common import console
 from benchmarks.paper import results
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()  # of models that are loaded a hundred times
     try:
         failed = [] if options.page_only else run_all(chosen, settings)
     except KeyboardInterrupt:
@@ -81,7 +83,8 @@ def choose(items: Sequence[Item], only: str | None, mode: str | None) -> list[It
     if not chosen:
         modes = sorted({item.mode for item in items if item.name in wanted})
         raise ValueError(
-            f"--mode {mode}: {', '.join(wanted) or 'nothing'} is made in this way; there is {', '.join(modes)}"
+            f"--mode {mode}: {', '.join(wanted) or 'nothing'} is not made in this way; there is "
+            f"{', '.join(modes)}"
         )
     return chosen
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 BATCHES, CACHE_SIZES, MIXTRAL_CACHE_SIZES = (8, 16, 32), (4, 8, 16), (1, 2, 4)
 MOST_STEPS = 24  # of each answer
+# A pass through so many layers takes the simulator seconds, so such a model is simulated for fewer of them.
+DEEP, DEEP_STEPS, DEEP_SEQUENCES = 24, 12, 64
 QUICK_BATCHES, QUICK_STEPS = (8, 32), 6
 OVER_SE_MOE = {
     ("Switch-32", 16): 2.01,
@@ -50,7 +52,19 @@ PAPER = (
 
 def cache_sizes(model: Published, quick: bool) -> Sequence[int]:
     sizes = MIXTRAL_CACHE_SIZES if model.in_paper.experts == 8 else CACHE_SIZES
-    return (sizes[0], sizes[-1]) if quick else sizes
+    return (sizes[0], sizes[-1]) if quick or is_deep(model) else sizes
+
+
+def is_deep(model: Published) -> bool:
+    return model.in_paper.layers >= DEEP
+
+
+def most_steps(model: Published, quick: bool) -> int:
+    return QUICK_STEPS if quick else DEEP_STEPS if is_deep(model) else MOST_STEPS
+
+
+def part_key(model: Published, what: str, quick: bool) -> str:
+    return f"{what}, {DEEP_STEPS} steps of {DEEP_SEQUENCES}" if is_deep(model) and not quick else what
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -60,7 +74,10 @@ def parts(settings: Settings) -> list[Part]:
         )  # all or none: say at once what is missing
     batches = QUICK_BATCHES if settings.quick else BATCHES
     return [
-        Part(f"{model.name}, batch {batch}", partial(simulate, settings, model, model.task, batch))
+        Part(
+            part_key(model, f"{model.name}, batch {batch}", settings.quick),
+            partial(simulate, settings, model, model.task, batch),
+        )
         for model in MODELS
         for batch in batches
     ]
@@ -70,9 +87,9 @@ def simulate(
     settings: Settings, model: Published, task: str, batch: int, say: Say, trained_on: str | None = None
 ) -> list[Row]:
     foretold = recordings.told(settings, model.recording, task, say, trained_on)["ours"]
-    steps = QUICK_STEPS if settings.quick else MOST_STEPS
-    sizes = cache_sizes(model, settings.quick)
-    return compared(model, foretold, batch, sizes, hardware(A40), systems_for(model), steps)
+    sizes, steps = cache_sizes(model, settings.quick), most_steps(model, settings.quick)
+    sequences = DEEP_SEQUENCES if is_deep(model) else None
+    return compared(model, foretold, batch, sizes, hardware(A40), systems_for(model), steps, sequences)
 
 
 def conditions(settings: Settings) -> dict[str, Any]:
@@ -97,7 +114,8 @@ def section(result: Result) -> Section:
 def notes(result: Result) -> list[str]:
     ratios = [row["transfer_to_compute"] for row in result.rows if row["system"] == ON_DEMAND]
     return [
-        f"Decode only, the first {result.conditions['most_steps']} tokens of held-out answers; predictors: "
+        f"Decode only, the first {result.conditions['most_steps']} tokens of held-out answers "
+        f"({DEEP_STEPS} of {DEEP_SEQUENCES} sequences for models of {DEEP} layers and more); predictors: "
         f"{result.conditions['predictor']}. WMT16 is stood for by recorded translation, Alpaca by chat, "
         "AIME2024 by math, and XSUM, of which nothing was recorded, by chat. On the profile "
         f"{result.conditions['hardware']} (25 GB/s, 696 GB/s, 0.1 ms per expert, from data sheets) the "

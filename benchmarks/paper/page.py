@@ -37,8 +37,8 @@ def page(made: Sequence[tuple[Item, Result]], missing: Sequence[Item], figures: 
     if headlines:
         blocks += ["## What was to be reached", _headlines(headlines)]
         blocks += [
-            "Bound: what a cache that knows the future reaches under the same conditions, or plain arithmetic. "
-            "Where we fall short:",
+            "Bound: what a cache that knows the future reaches under the same conditions, or plain "
+            "arithmetic. Where we fall short:",
         ]
         short = [f"- {target.name}: {verdict(target)}" for _, target in headlines if not target.met]
         blocks.append("\n".join(short) or "Nowhere.")
@@ -51,7 +51,8 @@ def page(made: Sequence[tuple[Item, Result]], missing: Sequence[Item], figures: 
         blocks += list(_section(item, result, section, figures.get(item.file_name, [])))
     skipped = [f"- {item.name}, {item.mode}: {result.skipped}" for item, result in made if result.skipped]
     skipped += [
-        f"- {item.name}, {item.mode}: not made; `python -m benchmarks.paper --only {item.name} --mode {item.mode}`"
+        f"- {item.name}, {item.mode}: not made; `python -m benchmarks.paper --only {item.name} --mode "
+        f"{item.mode}`"
         for item in missing
     ]
     if skipped:
@@ -122,9 +123,10 @@ def _provenance(result: Result) -> str:
     machine = about.get("machine", {})
     seconds = sum(part["seconds"] for part in result.parts.values())
     return (
-        f"<sub>commit {about.get('commit', '?')}, seed {about.get('seed', '?')}, {about.get('finished', '?')}, "
-        f"{seconds:.0f} s on {machine.get('cores', '?')} cores of {machine.get('processor', '?')}, torch "
-        f"{machine.get('torch', '?')}; `{Path(f'{result.name}-{result.mode}.json')}` has every row</sub>"
+        f"<sub>commit {about.get('commit', '?')}, seed {about.get('seed', '?')}, "
+        f"{about.get('finished', '?')}, {seconds:.0f} s on {machine.get('cores', '?')} cores of "
+        f"{machine.get('processor', '?')}, torch {machine.get('torch', '?')}; "
+        f"`{Path(f'{result.name}-{result.mode}.json')}` has every row</sub>"
     )
 
 

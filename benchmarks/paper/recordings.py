@@ -95,8 +95,8 @@ def trained(settings: Settings, model: str, task: str, say: Say) -> RoutingPathP
     if not (folder / DESCRIPTION).exists():
         if settings.predictors is not None:
             raise ValueError(
-                f"--predictors {settings.predictors} has no {folder.name}; train it with `expertflow train-predictor "
-                f"{read.folder} -o {folder}`, or leave --predictors out"
+                f"--predictors {settings.predictors} has no {folder.name}; train it with `expertflow "
+                f"train-predictor {read.folder} -o {folder}`, or leave --predictors out"
             )
         say(f"training {folder.name} on {len(read.train)} sequences")
         train_predictor([read.folder], folder, {}, replace(TRAINING, seed=settings.seed), say=say)

@@ -62,13 +62,15 @@ def compared(
     machine: Hardware,
     systems: Sequence[System],
     most_steps: int | None,
+    most_sequences: int | None = None,
     say: Say = lambda text: None,
 ) -> list[Row]:
     """A row for each cache size and system. cache_sizes: experts per layer (the paper's CS)."""
     size = model_size(model.size)
     cost = costs(machine, size.expert_bytes, size.dense_bytes)
     workloads: dict[Way, Workload] = {
-        way: unit_workload(foretold, batch, way, most_steps) for way in {system.way for system in systems}
+        way: unit_workload(foretold, batch, way, most_steps, most_sequences)
+        for way in {system.way for system in systems}
     }
     done: dict[tuple[str, Way, int], Outcome] = {}
     rows = []

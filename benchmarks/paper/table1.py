@@ -33,8 +33,8 @@ def section(result: Result) -> Section:
     )
     rows = []
     notes = [
-        "Layers are those with routed experts (both stacks of Switch). Activated: by one token, embeddings and "
-        "everything dense included. In brackets the paper's."
+        "Layers are those with routed experts (both stacks of Switch). Activated: by one token, embeddings "
+        "and everything dense included. In brackets the paper's."
     ]
     for row in result.rows:
         paper, total = row["in_paper"], row["total"]
@@ -42,7 +42,8 @@ def section(result: Result) -> Section:
             (
                 row["model"],
                 f"{row['layers']} ({paper['layers']})",
-                f"{row['activated'] / 1e9:.2f} / {total / 1e9:.2f} B ({paper['activated']:.2f} / {paper['total']:.2f})",
+                f"{row['activated'] / 1e9:.2f} / {total / 1e9:.2f} B ({paper['activated']:.2f} / "
+                f"{paper['total']:.2f})",
                 f"{row['top_k']} of {row['experts']} ({paper['top_k']} of {paper['experts']})",
                 f"{row['routed'] / total:.2%} ({paper['share']:.2f} %)",
                 f"{(row['routed'] + row['shared']) / total:.2%}" if row["shared"] else "",
@@ -50,8 +51,8 @@ def section(result: Result) -> Section:
         )
         notes += _differences(row)
     return Section(
-        "six models, 0.22 to 12.9 billion of their 1.98 to 46.7 billion parameters activated, 88.95 to 97.75 % of all "
-        "experts'.",
+        "six models, 0.22 to 12.9 billion of their 1.98 to 46.7 billion parameters activated, 88.95 to "
+        "97.75 % of all experts'.",
         notes,
         [Table("Counted from the configurations", header, rows)],
     )

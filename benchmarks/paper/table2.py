@@ -18,6 +18,11 @@ from expertflow.sim.hardware import costs, hardware, model_size
 IN_PAPER = {"Switch-32": (854.19, 881.91), "Switch-64": (680.72, 788.30), "Switch-128": (628.36, 735.35)}
 BATCHES, CACHE_SIZES, MAX_STEPS, QUICK_STEPS = (8, 16, 32), (4, 16), 24, 8
 WAYS: dict[str, Way] = {"without TS": "split", "with TS": "grouped", "true paths": "known", "joint": "joint"}
+PAPER = (
+    "854.19 to 881.91 tokens/s on Switch-32 (1.03x), 680.72 to 788.30 on Switch-64 (1.15x by its own "
+    "rounding), 628.36 to 735.35 on Switch-128 (1.17x); the abstract says up to 16.19 %. Cache size "
+    "and batch are not given."
+)
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -75,9 +80,7 @@ def section(result: Result) -> Section:
         )
     header = ("", "CS", "BS", *WAYS, "fewer experts activated")
     return Section(
-        "854.19 to 881.91 tokens/s on Switch-32 (1.03x), 680.72 to 788.30 on Switch-64 (1.15x by its own "
-        "rounding), 628.36 to 735.35 on Switch-128 (1.17x); the abstract says up to 16.19 %. Cache size "
-        "and batch are not given.",
+        PAPER,
         [
             "Tokens per second on an A40's data sheet. Without TS the two batches of a unit take turns as "
             "they arrived; with it they are grouped anew before each step by predicted paths "

@@ -30,27 +30,27 @@ Way = Literal["alone", "split", "grouped", "known", "joint"]
 
 
 def unit_workload(
-    foretold: Foretold, batch: int, way: Way, most_steps: int | None = None, seed: int = 0
+    foretold: Foretold,
+    batch: int,
+    way: Way,
+    most_steps: int | None = None,
+    most_sequences: int | None = None,
+    seed: int = 0,
 ) -> Workload:
-    """Decode steps of units of two batches. most_steps: of each sequence; the rest is left out for every way alike.
+    """Decode steps of units of two batches. most_steps: of each sequence; most_sequences: of the recording, in random
+    order; what is left out is so for every way alike.
 
     Raises ValueError where fewer than two batches were recorded, or a grouping needs predictions there are none of.
     """
     if way == "grouped" and foretold.p_TLE is None:
         raise ValueError(f"{foretold.prediction!r} predicts no paths to group by")
-    return workload_of(foretold, batch, _steps(foretold, batch, way, most_steps, seed), seed)
+    return workload_of(foretold, batch, _steps(foretold, batch, way, most_steps, most_sequences, seed), seed)
 
 
-def activations(
-    foretold: Foretold, batch: int, way: Way, most_steps: int | None = None, seed: int = 0
-) -> int:
-    """Experts activated over all passes (the paper's Eq. 2 summed over steps)."""
-    workload = unit_workload(foretold, batch, way, most_steps, seed)
-    return sum(len(experts) for step in workload.passes for experts in step.experts_L)
-
-
-def _steps(foretold: Foretold, batch: int, way: Way, most_steps: int | None, seed: int) -> Iterator[Step]:
-    units = alike_in_length(foretold.sequences, 2 * batch, seed)
+def _steps(
+    foretold: Foretold, batch: int, way: Way, most_steps: int | None, most_sequences: int | None, seed: int
+) -> Iterator[Step]:
+    units = alike_in_length(foretold.sequences[:most_sequences], 2 * batch, seed)
     draw = torch.Generator().manual_seed(seed)
     for unit in units:
         # In random order of arrival: sorted by length, one batch would have the longer answers.

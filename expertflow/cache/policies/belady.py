@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Collection, Container, Sequence
 
 from expertflow.cache.policies.base import Policy, Visit
@@ -23,7 +24,11 @@ class Belady(Policy):
         self._uses: dict[ExpertId, list[int]] = {}  # moments to come, the next one last
         self._width = max(shape.experts_per_layer)  # moments in a visit
         self._visit = -1
-        self._residents: dict[ExpertId, None] = {}
+        # Residents in the order in which they would go, and each one's place in it: (- next use, age, expert). Looking
+        # at all of them for each victim took nine tenths of a simulation.
+        self._order: list[tuple[int, int, ExpertId]] = []
+        self._residents: dict[ExpertId, tuple[int, int, ExpertId]] = {}
+        self._loads = 0
 
     def foresee(self, visits: Sequence[Visit]) -> None:
         """All visits that will come, in order; `layer_opened` is then called once for each."""
@@ -36,6 +41,8 @@ class Belady(Policy):
             moments = sorted(self._visits[number], key=self.next_use, reverse=True)
             for moment, expert in enumerate(moments, number * self._width):
                 self._uses.setdefault(expert, []).append(moment)
+        for expert in list(self._residents):
+            self._replace(expert)
 
     def next_use(self, expert: ExpertId) -> int:
         """When it is needed next, after the visits that have begun: visit * width + its place in the visit."""
@@ -43,13 +50,27 @@ class Belady(Policy):
         return uses[-1] if uses else NEVER
 
     def loaded(self, expert: ExpertId) -> None:
-        self._residents[expert] = None
+        self._loads += 1
+        self._enter(expert, self._loads)
 
     def used(self, expert: ExpertId) -> None:
         return None
 
     def evicted(self, expert: ExpertId) -> None:
-        del self._residents[expert]
+        self._leave(expert)
+
+    def _enter(self, expert: ExpertId, age: int) -> None:
+        self._residents[expert] = place = (-self.next_use(expert), age, expert)
+        insort(self._order, place)
+
+    def _leave(self, expert: ExpertId) -> int:
+        place = self._residents.pop(expert)
+        del self._order[bisect_left(self._order, place)]
+        return place[1]
+
+    def _replace(self, expert: ExpertId) -> None:
+        """Its next use is another now."""
+        self._enter(expert, self._leave(expert))
 
     def layer_opened(self, layer: int, needed: Sequence[ExpertId]) -> None:
         self._visit += 1
@@ -57,9 +78,11 @@ class Belady(Policy):
             uses = self._uses.get(expert)
             if uses and uses[-1] // self._width <= self._visit:
                 uses.pop()
+                if expert in self._residents:
+                    self._replace(expert)
 
     def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
-        return max((e for e in self._residents if e in offered), key=self.next_use, default=None)
+        return next((expert for _, _, expert in self._order if expert in offered), None)
 
     def order_demands(self, missing: list[ExpertId]) -> list[ExpertId]:
         return sorted(missing, key=self.next_use, reverse=True)

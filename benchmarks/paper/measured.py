@@ -1,0 +1,163 @@
+"""Runs on the clock: small trained models with their experts in RAM behind a throttled link.
+
+The embedded model always; the zoo's (`make zoo`) where they are there and only decode. Every row has the share of the
+processors' time that others had meanwhile (`stolen`, `others`), and is called disturbed where that is too much.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.on_the_clock import TINY, Case, Run, bandwidth_for, calibrate, run, texts
+from benchmarks.paper import recordings
+from benchmarks.paper.item import Row, Say, Settings
+from expertflow import LLM, SamplingParams
+from expertflow.config import format_bandwidth
+from expertflow.disturbance import MOST_OTHERS, MOST_STOLEN, Watch
+from expertflow.engine.engine import Engine
+from expertflow.timeline import Timeline
+
+# The link over which LRU's loads take so many times its arithmetic, at a quarter of the experts.
+RATIO, SHARE = 2.0, 1 / 4
+_STEPS, _QUICK_STEPS, _ZOO_STEPS = 96, 24, 32  # those of the zoo have more layers, and take longer
+_PROMPT_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Small:
+    """A model that can run here."""
+
+    name: str
+    folder: Path
+    task: str  # of the recording that its predictor is trained on
+    experts: int
+
+
+def models(settings: Settings) -> list[Small]:
+    """The embedded model, and those of the zoo that were trained here."""
+    zoo = [Small("qwen1.5-moe", settings.zoo / "qwen1.5-moe", "chat", 60)]
+    zoo += [Small("mixtral-8", settings.zoo / "mixtral-8", "chat", 8)]
+    there = [small for small in zoo if (small.folder / "quality.json").exists() and not settings.quick]
+    return [Small("tiny-moe", TINY, "chat", 32), *there]
+
+
+def predictor(settings: Settings, small: Small, say: Say) -> str:
+    """The trained one's folder; a quick run has the online table."""
+    if settings.quick:
+        return recordings.UNTRAINED
+    recordings.trained(settings, small.name, small.task, say)
+    return str(recordings.predictor_folder(settings, small.name, small.task))
+
+
+def decode(
+    settings: Settings,
+    small: Small,
+    batch: int,
+    cache_sizes: Sequence[int],
+    systems: dict[str, tuple[str, bool]],
+    say: Say,
+) -> list[Row]:
+    """Decode steps of known text under each system, and once with every expert in memory.
+
+    systems: name -> policy, and whether it predicts.
+    """
+    steps = _QUICK_STEPS if settings.quick else _STEPS if small.folder == TINY else _ZOO_STEPS
+    said = predictor(settings, small, say)
+    at = SHARE * small.experts
+    say(f"{small.name}, batch {batch}: choosing a link")
+    costs, (free, *_) = calibrate(small.folder, batch, [], steps, at)
+    link = bandwidth_for(RATIO, free, costs["on demand"], round(at * free.shape.num_layers))
+    rows = [
+        _row(small, batch, small.experts, "all in memory", link, _run(small, batch, small.experts, steps))
+    ]
+    for cache_size in cache_sizes:
+        for name, (policy, predicts) in systems.items():
+            say(f"{small.name}, batch {batch}, {cache_size} per layer: {name}")
+            case = Case(policy, batch, cache_size, said if predicts else "none", link)
+            rows.append(_row(small, batch, cache_size, name, link, run(small.folder, case, steps, part=1)))
+    return rows
+
+
+def _run(small: Small, batch: int, cache_size: int, steps: int) -> Run:
+    return run(small.folder, Case("lru", batch, cache_size), steps, part=1)
+
+
+def _row(small: Small, batch: int, cache_size: int, name: str, link: int, done: Run) -> Row:
+    measures = done.measures()
+    return {
+        "model": small.name,
+        "batch": batch,
+        "cache_size": cache_size,
+        "system": name,
+        "link": format_bandwidth(link),
+        "tokens_per_s": batch / measures["step_seconds"],
+        **measures,
+    }
+
+
+def serve(
+    settings: Settings,
+    small: Small,
+    *,
+    batch: int,
+    units: int,
+    link: str,
+    predictor: str,
+    schedule: Any = "fixed",
+    execution: Any = "split",
+    timeline: Timeline | None = None,
+) -> Row:
+    """Answer prompts by units of two batches over a link; tokens per second with the prompts included."""
+    tokens = 8 if settings.quick else 24
+    options: dict[str, Any] = {"store": "ram", "link": link, "cache_size": SHARE * small.experts}
+    options |= {"policy": "lru" if predictor == "none" else "plec", "predictor": predictor}
+    options |= {"batch": batch, "sequences": 2 * batch * units, "context": _PROMPT_TOKENS + tokens}
+    with LLM(small.folder, **options) as llm:
+        prompts = texts(llm, 2 * batch * units, _PROMPT_TOKENS, part=1).tolist()
+        params = [
+            SamplingParams(temperature=0.8, seed=number, max_tokens=tokens, ignore_eos=True)
+            for number in range(len(prompts))
+        ]
+        llm.timeline = timeline
+        watch, began = Watch(), time.perf_counter()
+        with Engine(llm, execution=execution, schedule=schedule) as engine, torch.no_grad():
+            outputs = engine.generate(prompts, params)
+            stats = engine.stats.to_dict()
+        seconds = time.perf_counter() - began
+        made = sum(len(output.outputs[0].token_ids) for output in outputs)
+        loads = sum(map(sum, llm.stats.loads_LE))
+        return {
+            "model": small.name,
+            "batch": batch,
+            "units": units,
+            "link": link,
+            "schedule": schedule,
+            "execution": execution,
+            "tokens_per_s": made / seconds,
+            "tokens_per_step_s": stats["tokens_per_second"],
+            "loads_per_token": loads / made,
+            "hit_ratio": round(llm.stats.hit_ratio, 4),
+            "engine": stats,
+            **watch.so_far().to_dict(),
+        }
+
+
+def quiet(rows: Sequence[Row]) -> str:
+    """A sentence on who else had the processors."""
+    disturbed = [row for row in rows if row["disturbed"] or row["stolen"] is None]
+    limits = (
+        f"more than {MOST_STOLEN:.0%} of the processors' time was stolen or {MOST_OTHERS:.0%} went to others"
+    )
+    if not disturbed:
+        return f"No run was disturbed: beside none {limits}."
+    worst = max((row["stolen"] or 0.0) + (row["others"] or 0.0) for row in rows)
+    return (
+        f"**{len(disturbed)} of {len(rows)} runs were disturbed**: beside them {limits}, at worst "
+        f"{worst:.0%}. Their times say more of the neighbours than of the program."
+    )

@@ -1,0 +1,185 @@
+"""Table 2 and Fig. 4 on the clock: units of two batches of a small model, grouped while another unit computes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.paper import measured, recordings, table2
+from benchmarks.paper.item import Item, Part, Result, Row, Say, Section, Settings, Table, Target
+from expertflow.timeline import TRACKS, Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BATCH, QUICK_BATCH, LINK = 16, 4, "20MB/s"
+WITHOUT, WITH, JOINT = "without TS", "with TS", "joint"
+_WAYS: dict[str, dict[str, Any]] = {
+    WITHOUT: {"schedule": "fixed", "execution": "split"},
+    WITH: {"schedule": "auto", "execution": "split"},
+    JOINT: {"schedule": "fixed", "execution": "joint"},
+}
+SEQUENTIAL, DUAL = "sequential", "dual-batch"
+_STEPS_DRAWN = 6
+
+
+def _batch(settings: Settings) -> int:
+    return QUICK_BATCH if settings.quick else BATCH
+
+
+def scheduler_parts(settings: Settings) -> list[Part]:
+    small = measured.models(settings)[0]
+    return [Part(name, partial(_serve, settings, small, name)) for name in _WAYS]
+
+
+def _serve(settings: Settings, small: measured.Small, name: str, say: Say) -> list[Row]:
+    said = measured.predictor(settings, small, say)
+    row = measured.serve(
+        settings, small, batch=_batch(settings), units=2, link=LINK, predictor=said, **_WAYS[name]
+    )
+    return [{"way": name, **row}]
+
+
+def conditions(settings: Settings) -> dict[str, Any]:
+    small = measured.models(settings)[0]
+    used = [(small.name, small.task)]
+    return {
+        "model": small.name,
+        "batch": _batch(settings),
+        "link": LINK,
+        **recordings.conditions(settings, used),
+    }
+
+
+def scheduler_section(result: Result) -> Section:
+    found = {row["way"]: row for row in result.rows}
+    rows, targets = [], []
+    for name, row in found.items():
+        gain = row["tokens_per_s"] / found[WITHOUT]["tokens_per_s"] if WITHOUT in found else float("nan")
+        stats = row["engine"]
+        rows.append(
+            (
+                *(name, f"{row['tokens_per_s']:.1f} ({gain:.2f}x)", f"{row['loads_per_token']:.1f}"),
+                *(
+                    f"{stats['regroupings']}",
+                    f"{stats['late']}",
+                    f"{row['stolen'] or 0:.0%}, {row['others'] or 0:.0%}",
+                ),
+            )
+        )
+        if name == WITH:
+            asked = 100 * (max(b / a for a, b in table2.IN_PAPER.values()) - 1)
+            at = f"{row['model']}, BS={row['batch']}, a link of {row['link']}"
+            targets.append(Target("gain of TS on the clock", asked, 100 * (gain - 1), "%", at))
+    header = ("", "tokens/s", "loads per token", "regroupings", "late", "stolen, others")
+    return Section(
+        table2.PAPER,
+        [
+            f"{result.conditions['model']}, two units of two batches of {result.conditions['batch']}, "
+            f"experts in RAM behind a link of {result.conditions['link']}, a quarter of them in slots; "
+            "prompts included. Late: steps that stayed as they sat, since nothing was prepared in time.",
+            measured.quiet(result.rows),
+        ],
+        [Table("With and without the scheduler", header, rows)],
+        targets,
+    )
+
+
+def timeline_parts(settings: Settings) -> list[Part]:
+    small = measured.models(settings)[0]
+    return [
+        Part(name, partial(_record, settings, small, name, units))
+        for name, units in ((SEQUENTIAL, 1), (DUAL, 2))
+    ]
+
+
+def _record(settings: Settings, small: measured.Small, name: str, units: int, say: Say) -> list[Row]:
+    """One unit has nobody to hide behind: prediction and grouping are then part of its step."""
+    timeline = Timeline()
+    row = measured.serve(
+        settings, small, batch=_batch(settings), units=units, link=LINK, schedule="auto", timeline=timeline,
+        predictor=measured.predictor(settings, small, say),
+    )  # fmt: skip
+    spans = timeline.spans
+    computed = sorted((span for span in spans if span.track == "compute"), key=lambda span: span.begin)
+    start = computed[-_STEPS_DRAWN].begin if len(computed) >= _STEPS_DRAWN else computed[0].begin
+    drawn = [[s.track, s.name, max(0.0, s.begin - start), s.end - start] for s in spans if s.end > start]
+    return [
+        {
+            "pipeline": name,
+            **row,
+            "hidden": hidden_share(spans),
+            "busy": timeline.busy_seconds(),
+            "spans": drawn,
+        }
+    ]
+
+
+def hidden_share(engine: Row) -> float | None:
+    """Of the time of prediction and grouping, the part beside which another unit computed; None where there was none.
+
+    engine: EngineStats as plain JSON.
+    """
+    hidden = engine["hidden_predict_seconds"] + engine["hidden_group_seconds"]
+    total = hidden + engine["predict_seconds"] + engine["group_seconds"]
+    return hidden / total if total else None
+
+
+def timeline_section(result: Result) -> Section:
+    rows = []
+    for row in result.rows:
+        busy, stats = row["busy"], row["engine"]
+        share = "" if hidden_share(stats) is None else f"{row['hidden']:.0%}"
+        seconds = [f"{busy.get(track, 0.0):.2f}" for track in TRACKS]
+        rows.append(
+            (
+                row["pipeline"],
+                *seconds,
+                share,
+                f"{stats['scheduling_share']:.1%}",
+                f"{row['tokens_per_s']:.1f}",
+            )
+        )
+    header = ("", *(f"{track}, s" for track in TRACKS), "hidden", "scheduling's share of steps", "tokens/s")
+    return Section(
+        "prediction and grouping of the next unit run while this one computes (dual-batch), instead of "
+        "before each step (sequential).",
+        [
+            f"{result.conditions['model']}, schedule=auto, batches of {result.conditions['batch']}; "
+            "sequential is one unit, which has nobody to hide behind, dual-batch two. Hidden: the part of "
+            "prediction and grouping beside which a unit computed.",
+            measured.quiet(result.rows),
+        ],
+        [Table("Busy seconds of a run", header, rows)],
+    )
+
+
+def timeline_figure(result: Result) -> dict[str, Figure]:
+    from benchmarks.paper import style
+
+    colours = dict(zip(TRACKS, (style.PINK, style.ORANGE, style.BLUE, style.RED, style.GREEN), strict=True))
+    figure, axes = style.new_figure(1, max(1, len(result.rows)), width=8.0, height=1.9)
+    for number, row in enumerate(result.rows):
+        panel = axes[number][0]
+        for place, track in enumerate(TRACKS):
+            bars = [(1e3 * begin, 1e3 * (end - begin)) for of, _, begin, end in row["spans"] if of == track]
+            edge = "white" if track == "compute" else "none"  # a border would hide what is short
+            panel.broken_barh(bars, (place - 0.4, 0.8), facecolors=colours[track], edgecolor=edge)
+        panel.set(yticks=range(len(TRACKS)), yticklabels=TRACKS, title=row["pipeline"])
+        panel.invert_yaxis()
+    axes[-1][0].set_xlabel(f"ms, the last {_STEPS_DRAWN} steps")
+    return {"fig4-measured": figure}
+
+
+TABLE2 = Item(
+    "table2", "measured", "Table 2: the token scheduler", conditions, scheduler_parts, scheduler_section
+)
+FIG4 = Item(
+    "fig4",
+    "measured",
+    "Fig. 4: the dual-batch pipeline",
+    conditions,
+    timeline_parts,
+    timeline_section,
+    timeline_figure,
+)

@@ -1,0 +1,263 @@
+"""The paper's items themselves, on recordings cut to a few sequences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.paper import __main__ as program
+from benchmarks.paper import fig6, fig8, fig10, measured, recordings, results, serving, table1, table2
+from benchmarks.paper.item import Settings
+from benchmarks.paper.published import MODELS, count, model_bytes, on_meta, published
+from benchmarks.paper.simulated import CACHE_MOE, GROUPED, JOINT, SYSTEMS, Grid, systems_for
+from benchmarks.paper.units import unit_workload
+from expertflow.cache.policies import SIMULATED
+from expertflow.core import ExpertId, MoEShape
+from expertflow.trace import TraceWriter, read_trace
+
+COMMITTED = Path(__file__).parents[2] / "zoo" / "traces"
+KEPT = 30  # sequences: ten prompts
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    """Quick, with a few sequences of the committed recordings of Switch-32."""
+    folder = tmp_path_factory.mktemp("paper")
+    trace = read_trace(COMMITTED / "switch-32" / "translation", weights=False)
+    with TraceWriter(folder / "traces" / "switch-32" / "translation", trace.meta) as writer:
+        for sequence in (*trace.split("test").sequences[:6], *trace.split("train").sequences[: KEPT - 6]):
+            writer.append(sequence)
+    return Settings(out=folder / "out", quick=True, traces=folder / "traces")
+
+
+@pytest.fixture(scope="module")
+def foretold(settings):
+    return recordings.told(settings, "switch-32", "translation", print)["ours"]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_parameters_are_those_that_transformers_counts(model):
+    """Ours walks modules and ties; transformers' own num_parameters and the parameters' names say the same."""
+    built = on_meta(model.config())
+    ours = count(built)
+    assert ours.total == built.num_parameters()
+    named = {id(p): p.numel() for name, p in built.named_parameters() if ".experts." in name}
+    assert ours.routed == sum(named.values())
+    assert (ours.layers, ours.experts, ours.top_k) == (
+        model.in_paper.layers,
+        model.in_paper.experts,
+        model.in_paper.top_k,
+    )
+    assert ours.total / 1e9 == pytest.approx(model.in_paper.total, abs=0.03)
+    assert ours.activated / 1e9 == pytest.approx(model.in_paper.activated, abs=0.035)
+
+
+def test_table_1_says_where_the_paper_differs(tmp_path):
+    """Qwen1.5's share of experts, which no count of the configuration gives."""
+    found = results.run(table1.ITEM, Settings(out=tmp_path), print)
+    notes = table1.ITEM.section(found).notes
+    assert "Qwen1.5: the experts' share in per cent: 87.02 by the configuration, 88.95 in the paper." in notes
+    assert not any("Mixtral" in note for note in notes)
+
+
+def test_memory_is_the_sum_of_what_is_held(tmp_path):
+    found = results.run(fig8.ITEM, Settings(out=tmp_path), print)
+    for row in found.rows:
+        if "budget" in row:
+            assert row["bytes"] <= row["budget"]
+        else:
+            assert row["bytes"] == sum(row[key] for key in ("dense", "slots", "kv", "scratch"))
+    needs = model_bytes("Qwen1.5")
+    parameters = count(on_meta(published("Qwen1.5").config()))
+    assert needs.dense_bytes == pytest.approx(2 * (parameters.total - parameters.routed), rel=1e-3)
+    assert needs.slot_bytes == 3 * 2048 * 1408 * 2
+    assert {target.name.split(",")[0] for target in fig8.ITEM.section(found).targets} == set(fig8.IN_PAPER)
+
+
+def test_a_third_of_the_prompts_is_held_out_and_none_is_in_both(settings):
+    read = recordings.recording(settings, "switch-32", "translation")
+    train, test = {s.prompt for s in read.train}, {s.prompt for s in read.test}
+    assert not train & test
+    assert len(test) == round((len(train) + len(test)) / 3)
+    assert len(read.train) + len(read.test) == KEPT
+    already = {s.prompt for s in read_trace(settings.traces / "switch-32" / "translation").split("test")}
+    assert already <= test
+
+
+def test_a_recording_that_is_not_there_names_those_that_are(settings):
+    with pytest.raises(
+        ValueError, match=r"switch-64/translation has no recording; there is switch-32/translation"
+    ):
+        recordings.recording(settings, "switch-64", "translation")
+    nowhere = replace(settings, traces=settings.out / "nowhere")
+    with pytest.raises(ValueError, match=r"there is none at all\. Record one with `expertflow trace"):
+        recordings.recording(nowhere, "switch-32", "translation")
+
+
+def test_a_predictor_that_was_promised_and_is_not_there(settings, tmp_path):
+    given = replace(settings, predictors=tmp_path)
+    with pytest.raises(
+        ValueError, match="has no switch-32-translation; train it with `expertflow train-predictor"
+    ):
+        recordings.trained(given, "switch-32", "translation", print)
+
+
+@pytest.mark.parametrize("way", ["alone", "split", "grouped", "known", "joint"])
+def test_every_way_decodes_the_same_tokens(foretold, way):
+    """Each token's experts are in exactly one pass: by layers, uses of one-row batches add up to all rows'."""
+    workload = unit_workload(foretold, 2, way, most_steps=5)
+    alone = unit_workload(foretold, 2, "alone", most_steps=5)
+    assert workload.rows == alone.rows
+    once = unit_workload(foretold, 1, "alone", most_steps=5)
+    assert set(_uses(workload)) == set(_uses(once)) == set(_uses(alone))
+    assert sum(len(step.experts_L[0]) for step in workload.passes) <= workload.rows
+    if way == "joint":
+        assert len(workload.passes) < len(alone.passes)
+
+
+def _uses(workload) -> list[tuple[int, int]]:
+    return [
+        (layer, e) for step in workload.passes for layer, chosen in enumerate(step.experts_L) for e in chosen
+    ]
+
+
+def test_grouping_by_true_paths_activates_fewest_and_joint_fewer_still(foretold):
+    def activated(way) -> int:
+        return len(_uses(unit_workload(foretold, 4, way, most_steps=8)))
+
+    assert activated("joint") < activated("known") < activated("split")
+
+
+def test_grouping_needs_predictions(settings):
+    said = recordings.told(settings, "switch-32", "translation", print)["oracle"]
+    with pytest.raises(ValueError, match="'oracle' predicts no paths to group by"):
+        unit_workload(said, 2, "grouped")
+
+
+def test_fig_6_has_every_rival_and_its_bounds(settings):
+    model = published("Switch-32")
+    rows = fig6.simulate(settings, model, "translation", 4, print)
+    assert {row["system"] for row in rows} == {system.name for system in SYSTEMS}
+    assert {row["cache_size"] for row in rows} == {4, 16}
+    grid = Grid(rows)
+    condition = ("Switch-32", 4, 16)
+    assert len({row["tokens"] for row in rows}) == 1, "systems decode different tokens"
+    assert grid.faster(condition, "belady-prefetch, TS", GROUPED) >= 1
+    assert grid.faster(condition, JOINT, CACHE_MOE) > 1
+    best = grid.best("Switch-32", JOINT, CACHE_MOE)
+    assert best[0] == max(grid.faster(c, JOINT, CACHE_MOE) for c in grid.by)
+    assert grid.faster(condition, "nobody", CACHE_MOE) is None
+
+
+def test_the_paper_has_se_moe_for_switch_alone():
+    assert {s.name for s in SYSTEMS} - {s.name for s in systems_for(published("Mixtral-8"))} == {
+        "SE-MoE",
+        "Pregated-MoE",
+    }
+
+
+def test_fig_10_from_recording_to_page_and_figures(settings, monkeypatch):
+    """The whole way of one item: run, kept, drawn as PNG and SVG, on the page with its targets."""
+    monkeypatch.setattr(program, "ITEMS", (fig10.ITEM,))
+    monkeypatch.setattr(fig10, "BATCHES", (2, 4))
+    monkeypatch.setattr(fig10, "IN_PAPER", {(16, 4): (76.61, 91.90)})
+    assert program.run_all([fig10.ITEM], settings) == []
+    found = results.load(settings.results / "fig10-simulated.json")
+    by = {(r["batch"], r["cache_size"], r["ratio"], r["policy"]): r["hit_ratio"] for r in found.rows}
+    assert len(by) == 2 * len(fig10.CACHE_SIZES) * len(fig10.RATIOS) * len(fig10.POLICIES)
+    for batch, size, ratio, _ in by:
+        assert by[batch, size, ratio, "belady"] >= by[batch, size, ratio, "lru"]
+        assert by[batch, 16, ratio, "lru"] >= by[batch, 8, ratio, "lru"]
+        assert by[batch, size, ratio, "lru"] == by[batch, size, None, "lru"], "hits of LRU depend on no clock"
+    program.write_page([fig10.ITEM], settings, settings.out / "page" / "results.md")
+    text = (settings.out / "page" / "results.md").read_text()
+    assert "best hit ratio, A40" in text
+    assert (settings.out / "page" / "figures" / "paper" / "fig10-simulated.png").stat().st_size > 5000
+    drawn = settings.results / "figures" / "fig10-simulated.svg"
+    before = drawn.read_bytes()
+    program.draw(fig10.ITEM, found, settings)
+    assert drawn.read_bytes() == before, "the same figure has other bytes"
+
+
+def test_table_2_counts_what_grouping_saves(settings):
+    rows = table2._simulate(settings, published("Switch-32"), 4, print)
+    activated = {row["way"]: row["activated"] for row in rows}
+    assert activated["true paths"] <= activated["without TS"]
+    assert len({row["tokens"] for row in rows}) == 1
+    targets = list(table2._targets({(r["model"], r["batch"], r["cache_size"], r["way"]): r for r in rows}))
+    assert [target.asked for target in targets] == [pytest.approx(100 * (881.91 / 854.19 - 1))]
+
+
+def test_what_is_hidden_is_what_ran_beside_another_unit():
+    stats = {
+        "hidden_predict_seconds": 2.0,
+        "hidden_group_seconds": 1.0,
+        "predict_seconds": 1.0,
+        "group_seconds": 0.0,
+    }
+    assert serving.hidden_share(stats) == 0.75
+    assert serving.hidden_share(dict.fromkeys(stats, 0.0)) is None
+
+
+def test_disturbed_runs_are_called_so():
+    still = {"stolen": 0.0, "others": 0.0, "disturbed": False}
+    busy = {"stolen": 0.2, "others": 0.5, "disturbed": True}
+    assert measured.quiet([still, still]).startswith("No run was disturbed")
+    assert measured.quiet([still, busy]).startswith("**1 of 2 runs were disturbed**")
+    assert "at worst 70%" in measured.quiet([still, busy])
+
+
+class _SlowRing:
+    """Whom SE-MoE's ring evicts and fetches, by looking at everybody."""
+
+    def __init__(self, shape: MoEShape):
+        self.shape, self.layer, self.residents = shape, shape.num_layers - 1, []
+
+    def ahead(self, expert: ExpertId) -> int:
+        return (expert.layer - self.layer - 1) % self.shape.num_layers
+
+    def victim(self, offered: set[ExpertId]) -> ExpertId | None:
+        return max((e for e in self.residents if e in offered), key=self.ahead, default=None)
+
+    def prefetch(self) -> ExpertId | None:
+        others = [
+            ExpertId(layer, e) for layer, n in enumerate(self.shape.experts_per_layer) for e in range(n)
+        ]
+        missing = [e for e in others if e not in self.residents and self.ahead(e) < self.shape.num_layers - 1]
+        return min(missing, key=lambda e: (self.ahead(e), e.expert), default=None)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.booleans()), max_size=40))
+def test_the_ring_finds_whom_looking_at_everybody_finds(steps):
+    """Residents are kept by layer since SE-MoE took most of the simulator's time; whoever goes is the same."""
+    shape = MoEShape((4, 4, 4))
+    ring, slow = SIMULATED["se-moe"](shape, 6), _SlowRing(shape)
+    for layer, number, opens in steps:
+        expert = ExpertId(layer, number)
+        if opens:
+            ring.layer_opened(layer, [])
+            slow.layer = layer
+        elif expert in slow.residents:
+            ring.evicted(expert)
+            slow.residents.remove(expert)
+        else:
+            ring.loaded(expert)
+            slow.residents.append(expert)
+        offered = set(slow.residents[::2])
+        assert ring.choose_victim(offered, expert) == slow.victim(offered)
+        assert ring.next_prefetch(slow.residents) == slow.prefetch()
+
+
+def test_costs_are_of_the_published_sizes():
+    """What the simulator moves for an expert is what the configuration says an expert has, float32 for Switch."""
+    from expertflow.sim.hardware import model_size
+
+    for model in MODELS:
+        built = on_meta(model.config())
+        itemsize = 4 if model.recording.startswith("switch") else 2
+        assert math.isclose(model_size(model.size).expert_bytes, count(built).expert * itemsize)
