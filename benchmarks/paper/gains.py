@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.paper.item import Row, Table
@@ -16,6 +17,7 @@ EXPERT_MB = (1, 4, 17.3, 64, 350)  # Switch's is 18.9 in float32, Mixtral's 352
 EXPERTS = (8, 16, 32, 60, 128, 256, 512)
 BATCHES, DRAWN_BATCHES = (1, 2, 4, 8, 16, 32, 64), (32, 128, 256)
 SWAPS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+FAST_LINK = 64  # GB/s: where loads take little longer than arithmetic
 RECORDED, DRAWN = "recorded", "synthetic"
 LRU, CACHE_MOE, OURS, ORACLE, BOUND = "lru", "cache-moe", "plec, predicted", "plec, oracle", "belady-prefetch"
 
@@ -41,8 +43,19 @@ AXES: dict[str, Axis] = {
         Axis("experts", "Experts per layer", "experts", EXPERTS),
         Axis("batch", "Sequences that decode together", "sequences", sorted({*BATCHES, *DRAWN_BATCHES})),
         Axis("predictor", "How good the predictor is", "of the named experts wrong", SWAPS),
+        Axis(
+            "predictor-fast",
+            f"How good the predictor is, over {FAST_LINK} GB/s",
+            "of the named experts wrong",
+            SWAPS,
+        ),
     )
 }
+
+
+def of_predictor(axis: str) -> bool:
+    """Whether the predictor is varied, and not what it runs on."""
+    return axis.startswith("predictor")
 
 
 def gains(rows: Sequence[Row], axis: str, source: str, system: str) -> list[tuple[float, float]]:
@@ -89,7 +102,7 @@ def rule_of_thumb(rows: Sequence[Row]) -> Table:
     """Gains by the one number that decides: how long LRU's loads take beside its arithmetic."""
     lines = []
     for least, most in BINS:
-        inside = [row for row in rows if least <= row["ratio"] < most and row["axis"] != "predictor"]
+        inside = [row for row in rows if least <= row["ratio"] < most and not of_predictor(row["axis"])]
         cells = [_range([r["gain"] for r in inside if r["system"] == name]) for name in (OURS, ORACLE, BOUND)]
         label = f"{least:g} to {most:g}" if most < float("inf") else f"above {least:g}"
         lines.append((label, str(len(inside) // 5), *cells))
@@ -107,11 +120,11 @@ def rule_sentences(rows: Sequence[Row]) -> list[str]:
     """The table in words: where prediction is worth most, and where it is not worth having."""
     middles: dict[str, tuple[float, float]] = {}
     for least, most in BINS:
-        inside = [row for row in rows if least <= row["ratio"] < most and row["axis"] != "predictor"]
+        inside = [row for row in rows if least <= row["ratio"] < most and not of_predictor(row["axis"])]
         label = f"{least:g} to {most:g} times" if most < float("inf") else f"more than {least:g} times"
         if inside:
             ours, bound = (
-                _middle([row["gain"] for row in inside if row["system"] == name]) for name in (OURS, BOUND)
+                median([row["gain"] for row in inside if row["system"] == name]) for name in (OURS, BOUND)
             )
             middles[label] = ours, bound
     if not middles:
@@ -132,15 +145,10 @@ def rule_sentences(rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def _middle(gains: Sequence[float]) -> float:
-    return sorted(gains)[len(gains) // 2]
-
-
 def _range(gains: Sequence[float]) -> str:
     if not gains:
         return ""
-    ordered = sorted(gains)
-    return f"{ordered[len(ordered) // 2]:.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
+    return f"{median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
 
 
 def axis_table(rows: Sequence[Row], axis: Axis) -> Table:
@@ -176,7 +184,7 @@ def figure(rows: Sequence[Row], axis: Axis) -> Figure:
                 label = name if source == RECORDED or axis.name == "experts" else f"{name}, {source}"
                 panel.plot(*zip(*points, strict=True), line, marker="o", ms=3, color=colour, label=label)
     panel.axhline(1, color="#999999", lw=0.8)
-    if axis.name != "predictor":
+    if not of_predictor(axis.name):
         panel.set_xscale("log", base=2)
         panel.set_xticks(
             ticks := sorted({r["value"] for r in rows if r["axis"] == axis.name}), [f"{t:g}" for t in ticks]

@@ -22,11 +22,13 @@ from benchmarks.paper.gains import (
     CACHE_MOE,
     DRAWN,
     DRAWN_BATCHES,
+    FAST_LINK,
     LRU,
     ORACLE,
     OURS,
     RECORDED,
     figure,
+    of_predictor,
     rule_of_thumb,
     rule_sentences,
     sentences,
@@ -65,6 +67,7 @@ class Routes:
     """The recorded routes with what ours predicts of them, and the knobs of synthetic ones like them; made once."""
 
     told: Callable[[], Foretold]
+    oracle: Callable[[], Foretold]
     knobs: Callable[[], Knobs]
 
 
@@ -74,13 +77,18 @@ def routes_of(settings: Settings, say: Say = lambda text: None) -> Routes:
         return recordings.told(settings, RECORDING, TASK, say)["ours"]
 
     @cache
+    def oracle() -> Foretold:
+        read = recordings.recording(settings, RECORDING, TASK)
+        return foretell(read.trace.meta, read.test, "oracle", seed=settings.seed)
+
+    @cache
     def knobs() -> Knobs:
         routes = [s.target_routes_TLK[s.num_prefill :] for s in told().sequences]
         experts = max(told().meta.experts_per_layer)
         long_enough = [routes_TLK for routes_TLK in routes if len(routes_TLK) > FAR]
         return calibrate(measure(long_enough, experts), experts, told().top_k, settings.seed)
 
-    return Routes(told, knobs)
+    return Routes(told, oracle, knobs)
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -111,18 +119,20 @@ def _simulate(
     batch = int(value) if axis == "batch" else BATCH
     steps = QUICK_STEPS if settings.quick else STEPS
     condition = Condition.usual()
-    if axis == "link":
-        condition = replace(condition, machine=replace(condition.machine, link_bytes_per_s=value * 1e9))
+    if axis in ("link", "predictor-fast"):
+        link = value if axis == "link" else FAST_LINK
+        condition = replace(condition, machine=replace(condition.machine, link_bytes_per_s=link * 1e9))
     if axis == "expert":
         condition = replace(condition, size=replace(condition.size, expert_bytes=round(value * 1e6)))
-    told = routes.told()
+    if of_predictor(axis):
+        told = degraded(routes.oracle(), value, settings.seed)
+    else:
+        told = routes.told()
     if source == DRAWN:
         experts = int(value) if axis == "experts" else condition.size.experts
         told = drawn(
             routes.knobs(), experts, min(told.top_k, experts // 4), batch, steps, recall(told), settings.seed
         )
-    if axis == "predictor":
-        told = degraded(replace(told, absent_TCLE=None), value, settings.seed)
     known = {"axis": axis, "value": value, "source": source, "recall": round(recall(told), 4)}
     return [known | row for row in compared(told, batch, condition, steps)]
 

@@ -88,7 +88,9 @@ def page(result: Result) -> str:
         f"`plec, oracle` knows the step at hand, `belady-prefetch` all that comes. What was not recorded is drawn, "
         f"`synthetic` in the tables: {DRAWN_LAYERS} layers, as skewed and as correlated from token to token as the "
         "recording (`benchmarks/paper/synthetic.py`), layers independent of each other, and a predictor of the same "
-        "recall. `recall`: of the experts that a token used, the share among the K thought most likely.",
+        "recall. Where the predictor itself is varied it is an oracle of the step at hand, some of whose experts are "
+        "swapped for others, and says nothing of later steps; the trained one does (its next-use head). `recall`: "
+        "of the experts that a token used, the share among the K thought most likely.",
     ]
     for axis in AXES.values():
         blocks += [f"## {axis.title}", " ".join(sentences(result.rows, axis))]
