@@ -1,6 +1,6 @@
-"""What every benchmark needs: a checkpoint of a real shape, a memory cgroup, and an honest report.
+"""What every benchmark needs: a cold page cache, a memory cgroup, and an honest report.
 
-Nothing here decides a result. Weights are random and say so: speed depends on shapes and routes, not values.
+Nothing here decides a result.
 """
 
 from __future__ import annotations
@@ -8,135 +8,18 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from safetensors.torch import save_file
 
 console = Console(stderr=True)
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class QwenShape:
-    """Qwen1.5-MoE-A2.7B's layer with fewer layers and a smaller vocabulary (config.json of the release)."""
-
-    layers: int = 8
-    hidden: int = 2048
-    heads: int = 16
-    experts: int = 60
-    top_k: int = 4
-    expert_inner: int = 1408
-    shared_inner: int = 5632
-    vocabulary: int = 32000
-
-    @property
-    def expert_bytes(self) -> int:
-        return 3 * self.expert_inner * self.hidden * 2
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "architectures": ["Qwen2MoeForCausalLM"],
-            "model_type": "qwen2_moe",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.shared_inner,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
-            "num_experts": self.experts,
-            "num_experts_per_tok": self.top_k,
-            "moe_intermediate_size": self.expert_inner,
-            "shared_expert_intermediate_size": self.shared_inner,
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": 8192,
-            "norm_topk_prob": False,
-            "tie_word_embeddings": False,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "decoder_sparse_step": 1,
-            "torch_dtype": "bfloat16",
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-
-
-def write_qwen_checkpoint(folder: Path, shape: QwenShape, seed: int = 0) -> Path:
-    """A sharded safetensors checkpoint in the published layout, random bf16 weights; reused when whole."""
-    marker = folder / "complete.json"
-    wanted = {**shape.config(), "seed": seed}
-    if marker.exists() and json.loads(marker.read_text()) == wanted:
-        return folder
-    if folder.exists():
-        shutil.rmtree(folder)
-    need = shape.layers * shape.experts * shape.expert_bytes * 1.2 + 4 * shape.vocabulary * shape.hidden
-    free = shutil.disk_usage(folder.parent).free
-    if free < need:
-        raise SystemExit(
-            f"{folder}: the checkpoint needs {need / 1e9:.1f} GB of disk and {free / 1e9:.1f} are free"
-        )
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*size: int) -> torch.Tensor:  # std 0.02 throughout, transformers' own initialization
-        return torch.randn(*size, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
-
-    index: dict[str, str] = {}
-    total = shape.layers + 1
-
-    def shard(number: int, tensors: dict[str, torch.Tensor]) -> None:
-        name = f"model-{number:05d}-of-{total:05d}.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-
-    hidden, inner = shape.hidden, shape.expert_inner
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("writing random weights", total=total)
-        shard(
-            1,
-            {
-                "model.embed_tokens.weight": random(shape.vocabulary, hidden),
-                "lm_head.weight": random(shape.vocabulary, hidden),
-                "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-            },
-        )
-        progress.advance(task)
-        for layer in range(shape.layers):
-            prefix = f"model.layers.{layer}"
-            tensors = {
-                f"{prefix}.input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-                f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-                f"{prefix}.mlp.gate.weight": random(shape.experts, hidden),
-                f"{prefix}.mlp.shared_expert_gate.weight": random(1, hidden),
-                f"{prefix}.mlp.shared_expert.gate_proj.weight": random(shape.shared_inner, hidden),
-                f"{prefix}.mlp.shared_expert.up_proj.weight": random(shape.shared_inner, hidden),
-                f"{prefix}.mlp.shared_expert.down_proj.weight": random(hidden, shape.shared_inner),
-            }
-            for projection in "qkvo":
-                tensors[f"{prefix}.self_attn.{projection}_proj.weight"] = random(hidden, hidden)
-                if projection != "o":
-                    tensors[f"{prefix}.self_attn.{projection}_proj.bias"] = random(hidden)
-            for expert in range(shape.experts):
-                name = f"{prefix}.mlp.experts.{expert}"
-                tensors[f"{name}.gate_proj.weight"] = random(inner, hidden)
-                tensors[f"{name}.up_proj.weight"] = random(inner, hidden)
-                tensors[f"{name}.down_proj.weight"] = random(hidden, inner)
-            shard(layer + 2, tensors)
-            progress.advance(task)
-    (folder / "config.json").write_text(json.dumps(shape.config(), indent=1))
-    (folder / "generation_config.json").write_text("{}")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    marker.write_text(json.dumps(wanted))
-    return folder
 
 
 def drop_from_page_cache(folder: Path) -> None:

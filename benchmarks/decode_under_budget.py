@@ -21,24 +21,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks import llama_cpp
-from benchmarks.common import (
-    QwenShape,
-    console,
-    drop_from_page_cache,
-    other_load,
-    report,
-    run_worker,
-    write_qwen_checkpoint,
-)
+from benchmarks import rivals
+from benchmarks.common import console, drop_from_page_cache, other_load, report, run_worker
+from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.rivals import llama_cpp
+from benchmarks.rivals.ours import loading_rounds
+from benchmarks.shapes import QwenShape
 
 MODULE = "benchmarks.decode_under_budget"
-# on-demand: without overlap of loads and arithmetic, no prediction. online: with the predictor that learns as it goes.
-OURS: dict[str, dict[str, Any]] = {
-    "ours": {},
-    "on-demand": {"overlap": False},
-    "online": {"predictor": "online"},
-}
 SYSTEMS = ("ours", "on-demand", "online", "accelerate", "llama.cpp", "resident")
 
 
@@ -74,7 +64,7 @@ def main() -> None:
     shape = QwenShape(layers=options.layers or (2 if options.quick else 8))
     tokens = options.tokens or (8 if options.quick else 24)
     options.folder.mkdir(parents=True, exist_ok=True)
-    folder = write_qwen_checkpoint(options.folder / f"qwen-shape-{shape.layers}", shape)
+    folder = write_checkpoint(options.folder / f"qwen-shape-{shape.layers}", shape)
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     # Two layers are so small that a third of them would not hold the interpreter.
     budget = nbytes // 3 if not options.quick else nbytes // 3 + 10**9
@@ -220,29 +210,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     """One system in this process: load, prompt of 16 tokens, warm up, decode."""
     started = time.perf_counter()
     folder: Path = options.folder
-    if options.worker in OURS:
-        from expertflow.read_ahead import read_early
-
-        read_early(folder)  # as `expertflow run` does, before the libraries are imported
-    from transformers import AutoModelForCausalLM
-
     torch.set_num_threads(options.threads)
-    imported = time.perf_counter()
-    if options.worker in OURS:
-        from expertflow.models.attach import ExpertFlowConfig
-
-        settings: dict[str, Any] = {"memory": options.memory} if options.memory else {"cache_size": 60}
-        config = ExpertFlowConfig(context=256, batch=options.batch, **settings, **OURS[options.worker])
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-    elif options.worker == "accelerate":
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            device_map="auto",
-            max_memory={"cpu": options.memory - 1_600_000_000},
-            offload_folder=folder / "accelerate-offload",
-        )
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=options.worker)
+    model, ran = rivals.load(options.worker, folder, rivals.Limits(options.memory or None, options.batch))
     loaded = time.perf_counter()
 
     generator = torch.Generator().manual_seed(0)
@@ -280,7 +249,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": options.batch / step_s,
         "step_s_median": step_s,
         "step_s_all": [round(value, 4) for value in seconds],
-        "import_s": imported - started,
+        "ran": ran.to_dict(),
         "load_s": loaded - started,
         "first_token_s": first_token,
         "major_faults": usage.ru_majflt,
@@ -314,35 +283,6 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
             result["prediction"] = prediction.to_dict()
         experts.close()
     return result
-
-
-def loading_rounds(cache: Any, files: list[Path], rounds: int = 8) -> dict[str, Any]:
-    """Loading experts and raw direct reads of as many bytes, in turn: a shared disk changes within seconds.
-
-    A round asks for up to 12 experts that are not there, as a layer does, and takes them without computing.
-    """
-    from expertflow.store.disk import measure_read_bandwidth
-
-    ratios, raws = [], []
-    for turn in range(rounds):
-        layer = turn % cache.shape.num_layers
-        missing = [
-            expert
-            for expert in range(cache.shape.experts_per_layer[layer])
-            if not cache.table.is_ready((layer, expert))
-        ][:12]
-        nbytes = len(missing) * cache.memory.slot_bytes
-        began = time.perf_counter()
-        for _ in cache.open_layer(layer, missing):
-            pass
-        ours = nbytes / (time.perf_counter() - began)
-        raws.append(measure_read_bandwidth(files, seconds=nbytes / ours))
-        ratios.append(ours / raws[-1])
-    return {
-        "loading_over_raw": sorted(ratios)[len(ratios) // 2],
-        "loading_over_raw_rounds": [round(ratio, 3) for ratio in ratios],
-        "raw_read_bytes_per_s": sorted(raws)[len(raws) // 2],
-    }
 
 
 if __name__ == "__main__":

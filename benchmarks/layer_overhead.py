@@ -21,7 +21,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import QwenShape, console, other_load, report, write_qwen_checkpoint
+from benchmarks.common import console, other_load, report
+from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.shapes import QwenShape
 from expertflow.models import experts as expert_products
 from expertflow.models.products import linear
 
@@ -45,7 +47,7 @@ def main() -> None:
 
     shape = QwenShape(layers=1, experts=8 if options.quick else 60, vocabulary=1000)
     options.folder.mkdir(parents=True, exist_ok=True)
-    folder = write_qwen_checkpoint(options.folder / f"qwen-layer-{shape.experts}", shape)
+    folder = write_checkpoint(options.folder / f"qwen-layer-{shape.experts}", shape)
     load = other_load()
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=ExpertFlowConfig(cache_size=shape.experts, context=64)

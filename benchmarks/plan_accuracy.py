@@ -21,14 +21,14 @@ import torch
 from rich.table import Table
 
 from benchmarks.common import (
-    QwenShape,
     console,
     drop_from_page_cache,
     other_load,
     report,
     run_worker,
-    write_qwen_checkpoint,
 )
+from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.shapes import QwenShape
 from expertflow.config import Settings
 from expertflow.forecast import plan_model
 from expertflow.step_time import forecast_speed
@@ -74,7 +74,7 @@ def main() -> None:
         options.tokens, options.prompts = min(options.tokens, 16), min(options.prompts, 2)
     options.folder.mkdir(parents=True, exist_ok=True)
     name = f"qwen-shape-{shape.layers}" + ("-narrow" if options.quick else "")
-    folder = write_qwen_checkpoint(options.folder / name, shape, options.seed)
+    folder = write_checkpoint(options.folder / name, shape, options.seed)
     load = other_load()
     runs = []
     for share, cache_size in (("1/4", shape.experts / 4), ("1/2", shape.experts / 2), ("all", shape.experts)):

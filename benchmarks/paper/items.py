@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from benchmarks.paper import fig6, fig7, fig8, fig9, fig10, on_clock, serving, table1, table2
+from benchmarks.paper import (
+    ablation,
+    fig6,
+    fig7,
+    fig8,
+    fig9,
+    fig10,
+    full_size,
+    on_clock,
+    sensitivity,
+    serving,
+    table1,
+    table2,
+)
 from benchmarks.paper.item import Item
 
 ITEMS: tuple[Item, ...] = (
@@ -17,4 +30,7 @@ ITEMS: tuple[Item, ...] = (
     on_clock.FIG10,
     table2.ITEM,
     serving.TABLE2,
+    full_size.ITEM,
+    ablation.ITEM,
+    sensitivity.ITEM,
 )

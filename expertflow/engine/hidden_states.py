@@ -95,20 +95,28 @@ def hidden_predictors(
     ahead = GateLookAhead([weight for weight, _ in weights], meta.top_k, [bias for _, bias in weights])
     asked: dict[str, LayerPredictor] = {"look-ahead": ahead, "pre-gate": gate}
 
-    def say(group: Group) -> dict[str, Tensor]:
-        shape = (*group.ids_BT.shape, len(weights), experts)
-        said = {name: torch.full(shape, float("nan"), dtype=torch.float16) for name in asked}
-        for row in range(len(group)):
-            mask_T = group.mask_BT[row]
-            source = group.sequences[row].source_ids_S.tolist()
-            hidden_TLD = read(group.ids_BT[row][mask_T].tolist(), source)
-            routes_TLK = group.routes_BTLK[row][mask_T]
-            progress(f"hidden states of held-out sequences: {row + 1} of {len(group)}")
-            for name, predictor in asked.items():
-                for layer in range(len(weights)):
-                    p_TE = predictor.observe(layer, hidden_TLD[:, layer], routes_TLK[:, layer])
-                    if p_TE is not None:  # both speak of every layer but the first
-                        said[name][row, mask_T, layer + 1, : p_TE.shape[1]] = p_TE.half()
-        return said
+    return lambda group: say_ahead(asked, read, group, experts, progress)
 
-    return say
+
+def say_ahead(
+    asked: Mapping[str, LayerPredictor],
+    read: Read,
+    group: Group,
+    num_experts: int,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Tensor]:
+    """What predictors of hidden states say of recorded sequences: p_BTLE by name, nan at the first layer."""
+    shape = (*group.ids_BT.shape, group.routes_BTLK.shape[2], num_experts)
+    said = {name: torch.full(shape, float("nan"), dtype=torch.float16) for name in asked}
+    for row in range(len(group)):
+        mask_T = group.mask_BT[row]
+        source = group.sequences[row].source_ids_S.tolist()
+        hidden_TLD = read(group.ids_BT[row][mask_T].tolist(), source)
+        routes_TLK = group.routes_BTLK[row][mask_T]
+        progress(f"hidden states of held-out sequences: {row + 1} of {len(group)}")
+        for name, predictor in asked.items():
+            for layer in range(shape[2]):
+                p_TE = predictor.observe(layer, hidden_TLD[:, layer], routes_TLK[:, layer])
+                if p_TE is not None:  # both speak of every layer but the first
+                    said[name][row, mask_T, layer + 1, : p_TE.shape[1]] = p_TE.half()
+    return said

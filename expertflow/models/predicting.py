@@ -118,7 +118,7 @@ class Predicting:
         self.source_layers = source_layers
         self.gate = PayoffGate() if gate is None else gate
         self._experts_L = cache.shape.experts_per_layer[source_layers:]
-        self._make = make
+        self.make = make
         self._clock = clock
         self._predictor: PassPredictor | None = None
         self._rows = Rows()
@@ -301,7 +301,7 @@ class Predicting:
         asked_BSLK = torch.cat([part for part, asked in zip(routes, running.asked, strict=True) if asked])
         context = running.whole.context
         if predictor is None:
-            predictor = self._predictor = self._make(routes_NLK.shape[-1])
+            predictor = self._predictor = self.make(routes_NLK.shape[-1])
             predictor.begin(context, running.whole.origin_B)
         later = at_once if self.learn_later is None else partial(self._hand_over, self.learn_later)
         predictor.end(context, asked_BSLK, later)

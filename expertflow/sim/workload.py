@@ -58,7 +58,8 @@ class Foretold:
     """What a predictor said of every decoded token of these sequences; the same for every batch size.
 
     Predicted in groups of 64 that decode side by side: the online table has learnt from the steps before, of
-    all 64. p_TLE and absent_TCLE (not used within each of HORIZONS) of each sequence, or None.
+    all 64. p_TLE and absent_TCLE (not used within each of HORIZONS) of each sequence, or None. ahead_TLE: what was
+    said of each layer while the one before it ran, nothing of the first.
     """
 
     meta: TraceMeta
@@ -66,6 +67,7 @@ class Foretold:
     sequences: list[TracedSequence]
     p_TLE: list[Tensor] | None
     absent_TCLE: list[Tensor] | None
+    ahead_TLE: list[Tensor] | None = None
 
     @property
     def top_k(self) -> int:
@@ -111,11 +113,11 @@ def foretell(
         group = replay.pad(part)
         if trained is not None:
             said.p_BTLE = replay.all_at_once(trained, group)
-        p_TLE += _decoded(group, replay.stepped(predictor, group, num_experts, [said] if trained else []))
+        p_TLE += decoded(group, replay.stepped(predictor, group, num_experts, [said] if trained else []))
         if has_head and trained is not None:
             within_BTLN = replay.all_at_once(_Within(trained), group)
             absent_BTCLE = (1 - within_BTLN).unflatten(-1, (len(HORIZONS), -1)).transpose(2, 3).half()
-            absent_TCLE += _decoded(group, absent_BTCLE)
+            absent_TCLE += decoded(group, absent_BTCLE)
         ordered += group.sequences
     return Foretold(meta, prediction, ordered, p_TLE, absent_TCLE if has_head else None)
 
@@ -125,7 +127,7 @@ def _parts(sequences: Sequence[TracedSequence]) -> Iterator[Sequence[TracedSeque
         yield sequences[first : first + replay.GROUP]
 
 
-def _decoded(group: Group, values_BT: Tensor) -> list[Tensor]:
+def decoded(group: Group, values_BT: Tensor) -> list[Tensor]:
     """The decode steps of each row."""
     return [values_BT[row, group.prefill :][group.mask_BT[row, group.prefill :]] for row in range(len(group))]
 
@@ -190,11 +192,20 @@ def workload_of(foretold: Foretold, batch: int, steps: Iterable[Step], seed: int
         routes_BLK = torch.stack([_routes_LK(sequences[n], t) for n, t in step.rows])
         used_LE = multi_hot(routes_BLK, experts).any(0)
         forecast = forecast_of(foretold, expected, step.rows, used_LE, draw)
-        passes.append(Pass([row.nonzero().flatten().tolist() for row in used_LE], forecast))
+        experts_L = [row.nonzero().flatten().tolist() for row in used_LE]
+        passes.append(Pass(experts_L, forecast, _ahead_L(foretold, step.rows)))
         rows += len(step.rows)
         if step.last:
             expected.end_of_text()
     return Workload(shape, passes, batch, rows, foretold.prediction)
+
+
+def _ahead_L(foretold: Foretold, rows: Sequence[tuple[int, int]]) -> Sequence[Sequence[float] | None]:
+    """What look-ahead says of each layer of these rows together; of the first it knows nothing."""
+    if foretold.ahead_TLE is None:
+        return ()
+    p_LE = 1 - (1 - torch.stack([foretold.ahead_TLE[n][t] for n, t in rows]).float()).prod(0)
+    return [None, *p_LE[1:].tolist()]
 
 
 def _routes_LK(sequence: TracedSequence, t: int) -> Tensor:

@@ -553,7 +553,7 @@ def test_predictors_follow_sequences_through_batches(
     with load(folders("qwen2_moe"), cache_size=1, predictor="online") as llm:
         heard = Noise(llm.model)
         predicting: Any = llm.experts.predicting
-        predicting._make = lambda top_k: heard
+        predicting.make = lambda top_k: heard
         forecasts: list[Any] = []
         begin_pass = llm.experts.cache.begin_pass
         llm.experts.cache.begin_pass = lambda forecast: (forecasts.append(forecast), begin_pass(forecast))  # type: ignore[method-assign,assignment,return-value]

@@ -123,7 +123,7 @@ class Noise:
 
 def listen_to(model: Any, predictor: Any) -> Any:
     predicting: Any = model.expertflow.predicting
-    predicting._make = lambda top_k: predictor
+    predicting.make = lambda top_k: predictor
     return predicting
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import memory_limit
+from benchmarks.rivals import Ran
 
 # Checkpoints with random weights have no tokenizer, and speed does not depend on one.
 _CONVERT = """
@@ -37,7 +38,9 @@ def find_bench(tree: Path) -> Path:
     """The built llama-bench of a source tree. SystemExit with the remedy when it is not there."""
     binary = tree / "build" / "bin" / "llama-bench"
     if not binary.is_file():
-        raise SystemExit(f"{binary} is not there; build llama.cpp in {tree} as benchmarks/llama_cpp.py says")
+        raise SystemExit(
+            f"{binary} is not there; build llama.cpp in {tree} as benchmarks/rivals/llama_cpp.py says"
+        )
     return binary
 
 
@@ -52,6 +55,15 @@ def convert(tree: Path, folder: Path) -> Path:
     return out
 
 
+def command(tree: Path, gguf: Path, steps: int, threads: int, mmap: bool = True) -> list[str]:
+    """llama-bench decoding `steps` tokens of one sequence, no prompt, once; the answer is JSON."""
+    decode_only = ["-p", "0", "-n", str(steps), "-r", "1"]
+    return [
+        *(str(find_bench(tree)), "-m", str(gguf), *decode_only),
+        *("-t", str(threads), "--mmap", str(int(mmap)), "-o", "json"),
+    ]
+
+
 def decode(
     tree: Path, gguf: Path, memory: int | None, steps: int, threads: int, mmap: bool = True
 ) -> dict[str, Any]:
@@ -59,32 +71,20 @@ def decode(
     with open(gguf, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [
-        str(find_bench(tree)),
-        "-m",
-        str(gguf),
-        "-p",
-        "0",
-        "-n",
-        str(steps),
-        "-r",
-        "1",
-        "-t",
-        str(threads),
-    ]
-    command += ["--mmap", str(int(mmap)), "-o", "json"]
+    asked = command(tree, gguf, steps, threads, mmap)
     with memory_limit(memory) as group:
         enter = group.enter if group is not None and group.available else None
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter, check=False)
+        done = subprocess.run(asked, capture_output=True, text=True, preexec_fn=enter, check=False)
         peak = group.peak_bytes() if group is not None else None
     if done.returncode != 0:
         tail = done.stderr.strip().splitlines()[-3:]
         return {"error": f"exit status {done.returncode}: {' | '.join(tail)}", "peak_bytes": peak}
     (result,) = json.loads(done.stdout)
+    flags = {"weights": "bf16, by its own converter", "arguments": " ".join(["llama-bench", *asked[3:]])}
     return {
+        "ran": Ran("llama.cpp", f"commit {result['build_commit']}", flags).to_dict(),
         "tokens_per_s": result["avg_ts"],
         "first_token_s": 0.0,
-        "build": result["build_commit"],
         "peak_bytes": peak,
         "limit_bytes": memory,
         "limit_enforced": enter is not None,

@@ -1,0 +1,28 @@
+"""transformers with accelerate's disk offload: what fits stays in RAM, the rest is read from disk at every use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rivals import Limits, Loaded, Ran, auto_class, versions
+
+# For the interpreter, the libraries, and the layer that is being computed: with less left over the cgroup kills it
+# (8 layers of the Qwen1.5-MoE shape in 3.1 GB, 2026-11).
+_OUTSIDE = 1_600_000_000
+
+
+def load(folder: Path, limits: Limits) -> Loaded:
+    """Raises ValueError for less memory than it takes itself."""
+    if limits.memory is None or limits.memory <= _OUTSIDE:
+        raise ValueError(
+            f"memory={limits.memory}: accelerate's offload needs a limit above {_OUTSIDE / 1e9} GB"
+        )
+    flags: dict[str, Any] = {
+        "device_map": "auto",
+        "max_memory": {"cpu": limits.memory - _OUTSIDE},
+        "offload_folder": folder / "accelerate-offload",
+    }
+    model = auto_class(folder).from_pretrained(folder, **flags)
+    said = {**flags, "offload_folder": "accelerate-offload beside the checkpoint"}
+    return Loaded(model, Ran("accelerate disk offload", versions("accelerate", "transformers"), said))
