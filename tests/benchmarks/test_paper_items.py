@@ -113,6 +113,8 @@ def test_every_way_decodes_the_same_tokens(foretold, way):
     workload = unit_workload(foretold, 2, way, most_steps=5)
     alone = unit_workload(foretold, 2, "alone", most_steps=5)
     assert workload.rows == alone.rows
+    lengths = sorted((len(s.target_ids_T) - s.num_prefill for s in foretold.sequences), reverse=True)
+    assert workload.rows == sum(min(5, length) for length in lengths[: len(lengths) // 4 * 4])  # whole units
     once = unit_workload(foretold, 1, "alone", most_steps=5)
     assert set(_uses(workload)) == set(_uses(once)) == set(_uses(alone))
     assert sum(len(step.experts_L[0]) for step in workload.passes) <= workload.rows
@@ -174,6 +176,9 @@ def test_fig_10_from_recording_to_page_and_figures(settings, monkeypatch):
         assert by[batch, size, ratio, "belady"] >= by[batch, size, ratio, "lru"]
         assert by[batch, 16, ratio, "lru"] >= by[batch, 8, ratio, "lru"]
         assert by[batch, size, ratio, "lru"] == by[batch, size, None, "lru"], "hits of LRU depend on no clock"
+    for row in found.rows:
+        if row["policy"] == "lru" and row["ratio"] is not None:
+            assert row["transfer_to_compute"] == pytest.approx(row["ratio"], rel=0.02)
     program.write_page([fig10.ITEM], settings, settings.out / "page" / "results.md")
     text = (settings.out / "page" / "results.md").read_text()
     assert "best hit ratio, A40" in text
