@@ -22,6 +22,7 @@ _FORGET = 0.998  # by pass, of what the weights have learnt
 _PRIOR = (
     8.0  # curvature of the prior of each weight: about that of 8 passes of 32 experts, a tenth of them used
 )
+_LONGEST_STEP = 0.5  # of a weight, in one pass
 _CLAMP = 1e-3
 # What a use is worth for each pass that it comes later: a cache forgets within a few. The mean until the next use
 # would be ruled by those hardly ever used (docs/log.md).
@@ -52,13 +53,17 @@ class PassForecast:
         self._passes_S = torch.full((len(_KEEP),), _START_PASSES)
         self.has_prediction, self.has_head = has_prediction, has_head
         num_rates = len(_KEEP)
-        features = num_rates + 3  # frequencies, the prediction, the head, one
+        features = num_rates + 4  # frequencies against their mean, the prediction, the head, that mean, one
         start_CF = torch.zeros(1 + len(HORIZONS), features)
-        start_CF[:, :num_rates] = 1 / num_rates
+        start_CF[:, :num_rates], start_CF[:, -2] = 1 / num_rates, 1.0
         if has_prediction:
-            start_CF[0, :num_rates], start_CF[0, num_rates] = 0.0, 1.0
+            start_CF[0, :num_rates], start_CF[0, -2], start_CF[0, num_rates] = 0.0, 0.0, 1.0
         if has_head:
-            start_CF[1:, :num_rates], start_CF[1:, num_rates + 1] = 0.5 / num_rates, 0.5
+            start_CF[1:, :num_rates], start_CF[1:, -2], start_CF[1:, num_rates + 1] = (
+                0.5 / num_rates,
+                0.5,
+                0.5,
+            )
         self.weight_CF = start_CF
         self._prior = torch.eye(features) * _PRIOR
         self._curvature_CFF = self._prior.repeat(1 + len(HORIZONS), 1, 1)
@@ -101,10 +106,14 @@ class PassForecast:
     def _features(self, p_LE: Tensor | None, later_CLE: Tensor | None) -> Tensor:
         rate_SLE = (self._used_SLE / self._passes_S[:, None, None]).clamp(_CLAMP, 1 - _CLAMP)
         num_rates, layers, experts = rate_SLE.shape
-        x_CLEF = torch.zeros(1 + len(HORIZONS), layers, experts, num_rates + 3)
+        x_CLEF = torch.zeros(1 + len(HORIZONS), layers, experts, num_rates + 4)
         for c, horizon in enumerate((1, *HORIZONS)):
             never_SLE = ((1 - rate_SLE) ** horizon).clamp(1e-6, 1 - 1e-6)
-            x_CLEF[c, ..., :num_rates] = (torch.log1p(-never_SLE) - never_SLE.log()).permute(1, 2, 0)
+            rates_LES = (torch.log1p(-never_SLE) - never_SLE.log()).permute(1, 2, 0)
+            # Against the mean: else, while all are used alike, they are what the constant is, and take wild weights.
+            mean_S = rates_LES.mean((0, 1))
+            x_CLEF[c, ..., :num_rates] = rates_LES - mean_S
+            x_CLEF[c, ..., -2] = mean_S.mean()
         if p_LE is not None:
             x_CLEF[..., num_rates] = torch.logit(p_LE, eps=_CLAMP)
         if later_CLE is not None:
@@ -121,6 +130,8 @@ class PassForecast:
         scaled_CNF = x_CNF * (p_CN * (1 - p_CN))[..., None]
         curvature_CFF = curvature_CFF + scaled_CNF.transpose(1, 2) @ x_CNF
         gradient_CF = torch.einsum("cn,cnf->cf", p_CN - came_CN, x_CNF)
-        step_CF = torch.linalg.solve(curvature_CFF, gradient_CF).clamp(-0.5, 0.5)
+        step_CF = torch.linalg.solve(curvature_CFF, gradient_CF)
+        # Shortened as a whole, since each weight by itself would be another direction.
+        longest_C1 = step_CF.abs().amax(1, keepdim=True).clamp(min=_LONGEST_STEP)
         self._curvature_CFF[which_C] = curvature_CFF
-        self.weight_CF[which_C] = weight_CF - step_CF
+        self.weight_CF[which_C] = weight_CF - step_CF * (_LONGEST_STEP / longest_C1)

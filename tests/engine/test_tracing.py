@@ -321,7 +321,7 @@ def test_eight_at_once_unless_told_otherwise(
         (["--temperature", "-1"], "temperature=-1.0 must be finite"),
         (["--teacher-forced", "--seed", "1"], "--seed is of sampled answers"),
         (["-o", __file__], "is a file; -o takes a folder"),
-        (["--cache-size", "0"], "cache_size=0.0 must be above 0"),
+        (["--cache-size", "0"], "cache_size=0.0 must be a finite number above 0"),
     ],
 )
 def test_wrong_flags_are_one_line_of_error(

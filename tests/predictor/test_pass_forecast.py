@@ -47,3 +47,28 @@ def test_guesses_are_not_judged_by_other_texts():
     forecast.observe(torch.tensor([[False, True, True, True]]))
     assert not torch.equal(forecast.weight_CF[0], before[0]), "this pass was guessed and came"
     assert torch.equal(forecast.weight_CF[1:], before[1:])
+
+
+@pytest.mark.parametrize("experts", [32, 128, 512])
+def test_however_many_experts_there_are_those_used_often_are_expected_sooner(experts):
+    """With 512 of them the weights once ran away after a few passes: those used most were expected last."""
+    draw = torch.Generator().manual_seed(experts)
+    layers, wanted = 4, experts / 16
+    popularity_E = (1 + torch.arange(experts)).float() ** -0.7
+    p_E = (wanted * popularity_E / popularity_E.sum()).clamp(max=0.9)
+    forecast = PassForecast(layers, experts, 4, has_prediction=True, has_head=False)
+    found = []
+    for _ in range(48):
+        used_LE = torch.rand((layers, experts), generator=draw) < p_E
+        _, later_LE = forecast.forecast(used_LE.float())
+        found.append(ranked_right(-later_LE, p_E))
+        forecast.observe(used_LE)
+    assert min(found[8:]) > 0.55
+    assert sum(found[-8:]) / 8 > 0.65
+
+
+def ranked_right(said_LE: torch.Tensor, p_E: torch.Tensor) -> float:
+    """Of pairs of experts, one among the more popular half and one not, the share that is put in this order."""
+    half = p_E >= p_E.median()
+    more, less = said_LE[:, half].mean(0), said_LE[:, ~half].mean(0)
+    return (more[:, None] > less).float().mean().item()

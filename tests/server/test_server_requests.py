@@ -164,7 +164,7 @@ def check_slow_reader(served: Running) -> None:
         received = b""
         while part := sock.recv(65536):
             received += part
-    assert len(received) > 180_000, "it may have fitted into the buffers: the test sees nothing"
+    assert len(received) > 120_000, "it may have fitted into the buffers: the test sees nothing"
     assert received.endswith(b"0\r\n\r\n"), "the stream ended as it should"
     params = SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=60, ignore_eos=True)
     (output,) = served.llm.generate("Hello", params)
