@@ -18,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ from typing import Any
 import psutil
 import torch
 from rich.table import Table
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.common import console, report
 from benchmarks.on_the_clock import TINY
@@ -70,11 +75,35 @@ def main() -> None:
     report("server", {"model": options.model.name, **found}, {}, targets, 0, options.json)
 
 
-def load(options: argparse.Namespace, streams: int) -> LLM:
+@contextmanager
+def load(options: argparse.Namespace, streams: int) -> Iterator[LLM]:
     size = {"memory": options.memory} if options.memory else {"cache_size": 8}
     batch = max(1, streams // 2)
     context = PROMPT_TOKENS + options.max_tokens
-    return LLM(options.model, context=context, batch=batch, sequences=2 * batch, **size)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LLM(
+            with_words(options.model, Path(folder)),
+            context=context,
+            batch=batch,
+            sequences=2 * batch,
+            **size,
+        ) as llm,
+    ):
+        yield llm
+
+
+def with_words(model: Path, folder: Path) -> Path:
+    """The model. Where it has no tokenizer, as with random weights, a folder of links to it and made-up words."""
+    if (model / "tokenizer.json").exists():
+        return model
+    for file in model.resolve().iterdir():
+        (folder / file.name).symlink_to(file)
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(size)}, unk_token="w0"))
+    words.decoder = Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
 
 
 def overhead(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
