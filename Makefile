@@ -26,7 +26,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode_under_budget --quick
 
-# Every table and figure of the paper beside ours, and docs/results.md; resumable, under 3 hours on two cores.
+# Every table and figure of the paper beside ours, and docs/results.md; resumable, hours on two cores.
 paper: $(STAMP)
 	$(BIN)/python -m benchmarks.paper --page docs/results.md
 
