@@ -15,6 +15,8 @@ from expertflow.commands.flags import (
     ExecutionOption,
     RevisionOption,
     ScheduleOption,
+    StatsJsonOption,
+    StatsOption,
     TimelineOption,
     takes,
 )
@@ -51,12 +53,8 @@ def batch(
     execution: ExecutionOption = "joint",
     schedule: ScheduleOption = "fixed",
     revision: RevisionOption = None,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="print statistics and the memory plan at the end")
-    ] = False,
-    stats_json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="save the statistics as JSON")
-    ] = None,
+    stats: StatsOption = False,
+    stats_json: StatsJsonOption = None,
     timeline: TimelineOption = None,
 ) -> None:
     """Answer a file of prompts, many at once.

@@ -38,6 +38,8 @@ TimelineOption = Annotated[
 SETTING_HELP = {entry.name: entry.metadata["help"] for entry in fields(Settings)}
 
 
+StatsOption = Annotated[bool, typer.Option("--stats", help="print statistics and the memory plan at the end")]
+StatsJsonOption = Annotated[Path | None, typer.Option(metavar="FILE", help="save the statistics as JSON")]
 ExecutionOption = Annotated[
     str,
     typer.Option(

@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from expertflow.commands.conversation import Conversation
-from expertflow.commands.flags import ModelArgument, RevisionOption, TimelineOption, takes
+from expertflow.commands.flags import (
+    ModelArgument,
+    RevisionOption,
+    StatsJsonOption,
+    StatsOption,
+    TimelineOption,
+    takes,
+)
 from expertflow.commands.session import (
     check_can_write,
     load,
@@ -39,12 +46,8 @@ def run(
         str | None, typer.Option(metavar="TEXT", help="system message of the conversation")
     ] = None,
     revision: RevisionOption = None,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="print statistics and the memory plan at the end")
-    ] = False,
-    stats_json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="save the statistics as JSON")
-    ] = None,
+    stats: StatsOption = False,
+    stats_json: StatsJsonOption = None,
     heatmap: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="draw how often each expert was used and read")
     ] = None,

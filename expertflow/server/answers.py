@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -41,7 +42,7 @@ class TokenTexts:
         return f" {text}" if isinstance(name, str) and name.startswith("▁") and text[:1] != " " else text
 
 
-class Answer:
+class Answer(ABC):
     """How one endpoint writes what a generation brings. Its state: the id, the time, and where each choice is."""
 
     object_whole = object_chunk = id_prefix = ""
@@ -59,9 +60,9 @@ class Answer:
         """Chunks before the first token."""
         return iter(())
 
+    @abstractmethod
     def chunk(self, choice: int, tokens: Sequence[Token]) -> Iterator[dict[str, Any]]:
         """What these tokens of one choice add, if there is anything to see."""
-        raise NotImplementedError
 
     def usage_chunk(self, generation: Generation) -> dict[str, Any]:
         return {**self._chunk([]), "usage": usage_of(generation)}
@@ -73,8 +74,9 @@ class Answer:
         choices = [self._choice(choice, by_choice[choice]) for choice in sorted(by_choice)]
         return {**self._head, "object": self.object_whole, "choices": choices, "usage": usage_of(generation)}
 
+    @abstractmethod
     def _choice(self, choice: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice of a whole answer."""
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self._head, "object": self.object_chunk, "choices": choices}
