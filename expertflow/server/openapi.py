@@ -110,7 +110,8 @@ def whole_or_stream(answer: str) -> dict[int | str, dict[str, Any]]:
     errors = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
     content = {
         "application/json": {"schema": {"$ref": _REF.format(model=answer)}},
-        "text/event-stream": {"schema": {"type": "string"}},
+        # Without a schema: some read it as of the whole stream, others as of each of its events.
+        "text/event-stream": {},
     }
     error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
     return {
