@@ -1,4 +1,4 @@
-"""Loader: the only place with I/O threads. It copies experts from a store into slots.
+"""Loader: the only place with a thread for I/O. It copies experts from a store into slots.
 
 Loads are cut in chunks of a few MiB. Between two chunks the thread looks for a demand load, so a
 demand waits for at most one chunk of a prefetch, never for a whole expert. One thread is enough: it
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from expertflow.cache.device import HostDevice, SlotDevice
+from expertflow.cache.touching import TouchAhead
 from expertflow.core import ExpertId
 from expertflow.store.disk import Chunk
 from expertflow.store.layout import Placement, copy_parts, page_ceil, place_packed
@@ -47,10 +48,22 @@ class SlotMemory:
         self._packed: dict[ExpertId, Placement] = {}
         self.slot_bytes = slot_bytes(store, dtype, self.device.queues)
         self._memory = self.device.allocate(num_slots * self.slot_bytes)
+        self._touch = None if self.device.queues else TouchAhead(self._memory)
 
     def slot(self, index: int) -> Tensor:
         """uint8[slot_bytes] on a page boundary."""
         return self._memory.narrow(0, index * self.slot_bytes, self.slot_bytes)
+
+    def will_be_filled(self, slot: int) -> None:
+        """The slot's next load begins. By the thread of the loader."""
+        if self._touch is not None:
+            self._touch.reading_until((slot + 1) * self.slot_bytes)
+
+    def close(self) -> None:
+        """After the last load: nobody touches the memory when this returns."""
+        if self._touch is not None:
+            self._touch.close()
+        self.device.close()
 
     def placement(self, expert: ExpertId) -> Placement:
         """How this expert lies in any slot. A function of the checkpoint and dtype alone, so that an
@@ -170,7 +183,7 @@ class Loader:
                 self.condition.wait()
         if self._thread is not threading.current_thread():
             self._thread.join()  # it needs the lock no more
-        self.memory.device.close()
+        self.memory.close()
 
     def _run(self) -> None:
         try:
@@ -197,6 +210,8 @@ class Loader:
                 job.next_chunk += 1
                 if self.memory.packs and job.staging is None:
                     job.staging = self._staging.pop()
+            if job.next_chunk == 1:
+                self.memory.will_be_filled(job.slot)
             error: BaseException | None = None
             started = time.perf_counter()
             try:

@@ -51,6 +51,7 @@ from expertflow.models.uncached import run_whole_without_cache
 from expertflow.read_ahead import will_need
 from expertflow.store.checkpoint import Checkpoint, TensorSpan, open_checkpoint
 from expertflow.store.disk import DiskStore
+from expertflow.store.layout import page_aligned
 from expertflow.store.protocol import ExpertStore
 from expertflow.store.quantized import refuse_quantized
 from expertflow.store.ram import RamStore
@@ -140,6 +141,9 @@ class ExpertFlowQuantizer(HfQuantizer):
         _refuse_skipped_quantization(folder)
         checkpoint = open_checkpoint(folder)
         spans = derive_expert_spans(model, moe_layers, checkpoint)
+        # Before all that follows: measuring a model takes as long as reading a GB.
+        dense = [span for key, span in checkpoint.spans.items() if key not in spans.checkpoint_keys]
+        threading.Thread(target=read_ahead, args=(dense,), name="expertflow-read-ahead", daemon=True).start()
         store = DiskStore(checkpoint, spans.parts, direct=self.settings.direct_io)
         dtype = next(param.dtype for param in moe_layers[0].module.parameters())
         take_out_experts(model, moe_layers, spans)
@@ -162,8 +166,6 @@ class ExpertFlowQuantizer(HfQuantizer):
             on_accelerator,
         )
         self._checkpoint, self._store, self._moe_layers, self._dtype = checkpoint, store, moe_layers, dtype
-        dense = [span for key, span in checkpoint.spans.items() if key not in spans.checkpoint_keys]
-        threading.Thread(target=read_ahead, args=(dense,), name="expertflow-read-ahead", daemon=True).start()
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -318,7 +320,7 @@ def copy_dense_weights(model: PreTrainedModel, checkpoint: Checkpoint, device: t
             if tensor.is_meta or id(tensor) in copied:
                 continue
             copied[id(tensor)] = tensor
-            tensor.data = tensor.data.clone()
+            tensor.data = page_aligned(tensor.data)
     else:
         model.to(device)  # type: ignore[arg-type]
         model.tie_weights()  # on some devices torch has to make new parameters, one for each name

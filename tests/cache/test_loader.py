@@ -256,3 +256,30 @@ def test_an_expert_lies_alike_in_every_slot():
     memory = SlotMemory(FakeStore(SHAPE), 3, torch.bfloat16)
     (first,) = {memory.placement(EXPERTS[5]).views["up"] for _ in range(3)}
     assert all(view.slot_offset % 64 == 0 for view in first)
+
+
+def test_fresh_slots_are_touched_before_their_first_load_and_the_thread_ends_with_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    told: list[int | str] = []
+
+    class Told:
+        def __init__(self, memory: torch.Tensor):
+            told.append(memory.numel())
+
+        def reading_until(self, end: int) -> None:
+            assert threading.current_thread().name == "expertflow-loader"
+            told.append(end)
+
+        def close(self) -> None:
+            told.append("closed")
+
+    monkeypatch.setattr("expertflow.cache.loader.TouchAhead", Told)
+    harness = Harness()
+    for expert in (0, 1, 2):
+        harness.submit(expert, urgent=True)
+    harness.run_dry()
+    harness.close()
+
+    size = harness.memory.slot_bytes
+    assert told == [len(EXPERTS) * size, size, 2 * size, 3 * size, "closed"]

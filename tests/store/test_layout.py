@@ -17,6 +17,7 @@ from expertflow.store.layout import (
     View,
     aligned_buffer,
     copy_parts,
+    page_aligned,
     place_packed,
     place_raw,
     tensors,
@@ -232,3 +233,21 @@ def test_buffers_are_aligned_zeroed_and_private(nbytes):
     assert buffer.shape == (nbytes,)
     assert not buffer.any()
     assert buffer.fill_(7).sum() == 7 * nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+def test_a_long_copy_begins_on_a_page_and_a_short_one_need_not(dtype: torch.dtype) -> None:
+    long = torch.arange(70_000).to(dtype).view(700, 100)
+    copy = page_aligned(long)
+    assert copy.data_ptr() % mmap.PAGESIZE == 0
+    assert copy.data_ptr() != long.data_ptr()
+    assert torch.equal(copy, long)
+    assert copy.is_contiguous()
+
+    transposed = page_aligned(long.t())
+    assert torch.equal(transposed, long.t())
+
+    short = torch.arange(10).to(dtype)
+    assert torch.equal(page_aligned(short), short)
+    assert page_aligned(short).data_ptr() != short.data_ptr()
+    assert torch.equal(page_aligned(torch.tensor(3).to(dtype)), torch.tensor(3).to(dtype))
