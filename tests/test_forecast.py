@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -433,6 +434,21 @@ def test_a_hub_model_of_bin_files_is_planned_as_its_folder(tmp_path: Path, onlin
 def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_WORKING_SET_BYTES", 4 << 20)
     monkeypatch.setattr(measure, "_PROBE_FILE_BYTES", 8 << 20)
+
+
+@pytest.mark.parametrize("files", [[], [Path("weights.safetensors")]], ids=["probe", "files"])
+def test_a_disk_is_measured_beside_arithmetic_which_ends_with_it(tmp_path, monkeypatch, files):
+    def arithmetic() -> bool:
+        return "expertflow-measure" in [thread.name for thread in threading.enumerate()]
+
+    def read(paths, chunk_bytes):
+        assert arithmetic()
+        raise OSError("unplugged")
+
+    monkeypatch.setattr(measure, "measure_read_bandwidth", read)
+    with pytest.raises(OSError, match="unplugged"):
+        measure.measure_disk(tmp_path, files)
+    assert not arithmetic()
 
 
 def test_disk_probe_leaves_nothing_behind(small_probes: None, tmp_path: Path) -> None:
