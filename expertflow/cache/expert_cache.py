@@ -165,6 +165,14 @@ class ExpertCache:
             self._record("refine", layer, p_E)
             self._execute(self.plan.refine(layer, p_E))
 
+    def expect_next(self, p_LE: Sequence[Sequence[float]]) -> None:
+        """What the pass after the one that runs is expected to need, known when it is one of other sequences. May be
+        said at any time while a pass runs, by any thread. As `begin_pass`."""
+        p_LE = Forecast(p_LE).within_bounds(self.shape).p_LE
+        with self._lock, _Step(self):
+            self._record("expect_next", p_LE)
+            self._execute(self.plan.expect_next(p_LE))
+
     def open_layer(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Weights], None, None]:
         """Yield (expert, its weights by role) for each of `experts`, ready ones first.
 

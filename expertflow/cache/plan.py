@@ -114,6 +114,11 @@ class CachePlan:
         self.policy.refine(layer, p_E)
         return self._assign()
 
+    def expect_next(self, p_LE: Sequence[Sequence[float]]) -> list[Action]:
+        """While a pass runs: the next one, of other sequences, is expected to need these."""
+        self.policy.expect_next(p_LE)
+        return self._assign()
+
     def prefetch(self, experts: Iterable[ExpertId]) -> list[Action]:
         """Take note of experts that will be needed, soonest first, and load what fits now.
 

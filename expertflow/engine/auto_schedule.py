@@ -137,6 +137,16 @@ class AutoSchedule:
         # Alone, the next step would find the thread at it, and wait or go on without a prediction.
         self._predicting.learn_later = None if alone else self._learn_later
 
+    def runs(self, unit: Unit, after: Unit | None) -> None:
+        """The passes of a unit begin, each followed by its next one, the last by those of the unit that comes after."""
+        own = [_names([batch]) for batch in unit.batches]
+        others = [_names([batch]) for batch in after.batches] if after is not None else []
+        if self._groups:  # each batch has a pass of its own, and each group of prompts behind them
+            following = own[1:] + others[:1] * (1 + len(unit.prefills))
+        else:
+            following = [[name for names in others for name in names]]
+        self._predicting.then(following)
+
     def exchange(self, number: int, units: Sequence[Unit]) -> None:
         """The turn of this unit comes: exchange rows with another that rests, where that was found to pay."""
         lane = self._exchange_of.pop(number, None)

@@ -243,6 +243,8 @@ class Engine:
             # Since the unit's last step its scheduler may have found out more about the newest tokens.
             unit.settle()
             decoding = sum(len(batch.members) for batch in unit.batches)
+            if self._auto is not None:
+                self._auto.runs(unit, self._following(unit))
             self._take(unit.step(self._execution))
             unit.settle()
             if self._auto is not None:
@@ -273,6 +275,12 @@ class Engine:
             waiting = list(self._queue)
         decoding = [row for one in self._units for row in one.members]
         auto.profile(waiting, decoding, alone=alone)
+
+    def _following(self, unit: Unit) -> Unit | None:
+        """Whose turn comes after this one's; None where it is its own."""
+        number = self._units.index(unit)
+        later = [*self._units[number + 1 :], *self._units[:number]]
+        return next((other for other in later if other.members), None)
 
     def _alone(self, unit: Unit) -> bool:
         """Whether no other unit computes between two steps of this one."""

@@ -6,7 +6,7 @@ takes what was said of its rows, wherever they were then, if that is all of them
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ class Question(NamedTuple):
 
 
 class _Answer(NamedTuple):
+    row_of: dict[Name, int]
     marks_NF: Tensor
     newest_N: Tensor
     foreseen: Foreseen
@@ -68,8 +69,17 @@ class Foresight:
             return None
         if followed.marks_BF is not None:
             newest_N = followed.context.new_BS[:, -1]
-            self._answers[lane] = _Answer(followed.marks_BF, newest_N, foreseen)
+            self._answers[lane] = _Answer(self._asked[lane], followed.marks_BF, newest_N, foreseen)
         return foreseen.p_NLE
+
+    def of(self, names: Sequence[Name]) -> Foreseen | None:
+        """What was said of those of these that somebody has asked about; None: of nobody."""
+        known = [
+            one.foreseen.select(torch.tensor(rows))
+            for one in list(self._answers.values())
+            if (rows := [one.row_of[name] for name in names if name in one.row_of])
+        ]
+        return Foreseen.join(known) if known else None
 
     def find(self, whole: Followed) -> Foreseen | None:
         """What was said of the rows of a pass that begins; None unless it is known of all of them."""

@@ -9,7 +9,8 @@ Passes that run together (meeting.py) are one pass to the cache: they wait for e
 behind the last, those that decode get one forecast, and prompts beside them are only learnt from.
 
 A scheduler may have the predictor asked before the pass, and in another thread (`question`, `foresee`): the pass finds
-what was said and does not ask again.
+what was said and does not ask again. If it says as well whose passes follow (`then`), the cache learns of the next one
+while a pass runs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from expertflow.cache.expert_cache import ExpertCache
 from expertflow.cache.gate import PayoffGate
 from expertflow.cache.policies.base import FARTHEST, Forecast
-from expertflow.models.foresight import Foresight, Question, Upcoming
+from expertflow.models.foresight import Foresight, Name, Question, Upcoming
 from expertflow.models.meeting import END, meet
 from expertflow.models.rows import MAX_ROWS, Followed, Rows, Sources, joined
 from expertflow.predictor.baselines import multi_hot
@@ -124,6 +125,9 @@ class Predicting:
         self._rows = Rows()
         self._sources = Sources()
         self._foresight = Foresight()
+        self._following: Sequence[Sequence[Name]] = ()  # by pass from the one that runs, who comes after it
+        self._begun = -1  # passes since that was said, less 1
+        self._turns = threading.Lock()  # of the two, so that nobody speaks of a pass that has begun meanwhile
         self.learn_later: Later | None = None  # who learns while the next pass runs; None: it waits
         self._pass: _Pass | None = None
         self._stats = PredictionStats(name)
@@ -138,10 +142,7 @@ class Predicting:
         p_LE = self._newest_p_LE
         if p_LE is None or self._stats.failed is not None or not self.gate.open:
             return None
-        encoder_LE = [[0.0] * experts for experts in self.cache.shape.experts_per_layer[: self.source_layers]]
-        return encoder_LE + [
-            p_E[:experts] for p_E, experts in zip(p_LE.tolist(), self._experts_L, strict=True)
-        ]
+        return self._of_cache(p_LE.tolist(), 0.0)
 
     @property
     def stats(self) -> PredictionStats:
@@ -209,10 +210,32 @@ class Predicting:
 
         hidden: this is not the thread that runs the passes. One call at a time.
         """
+        p_NLE = None
         with self._asking(hidden) as predictor:
             if predictor is not None:
-                return self._foresight.ask(predictor, question)
-        return None
+                p_NLE = self._foresight.ask(predictor, question)
+        self._tell_of_next(hidden)
+        return p_NLE
+
+    def then(self, following: Sequence[Sequence[Name]]) -> None:
+        """Whose passes come: following[n] is the one after the n-th pass from now on, counted from 0."""
+        with self._turns:
+            self._following, self._begun = following, -1
+
+    def _tell_of_next(self, hidden: bool) -> None:
+        """Tell the cache what is known of the pass after the one that runs."""
+        with self._turns:
+            if not (0 <= self._begun < len(self._following) and self.gate.open):
+                return
+            p_LE: list[list[float]] | None = None
+            with self._asking(hidden) as predictor:
+                if predictor is not None:
+                    foreseen = self._foresight.of(self._following[self._begun])
+                    p_LE = (
+                        None if foreseen is None else self._of_cache(predictor.soon(foreseen).tolist(), 0.0)
+                    )
+            if p_LE is not None:
+                self.cache.expect_next(p_LE)
 
     def profile(self, prompt_ids: Sequence[int], *, hidden: bool) -> Tensor | None:
         """p_LE: how often a text that begins so is expected to need each expert; None where nothing is said.
@@ -265,7 +288,10 @@ class Predicting:
                         self._stats.foreseen += foreseen is not None
                         self._newest_p_LE = running.p_LE = said.p_LE.clone()
                         forecast = self._forecast(said)
-        self.cache.begin_pass(forecast)
+        with self._turns:
+            self.cache.begin_pass(forecast)
+            self._begun += 1
+        self._tell_of_next(hidden=False)
         return nothing
 
     def _end_all(self, caches: list[Any]) -> list[None]:
@@ -361,14 +387,15 @@ class Predicting:
 
     def _forecast(self, said: Expected) -> Forecast:
         """For the cache, which knows of the encoder's layers too: nobody needs them for long."""
-        encoder_L = self.cache.shape.experts_per_layer[: self.source_layers]
-        p_LE, later_LE = said.p_LE.tolist(), said.later_LE.tolist()
         return Forecast(
-            [[0.0] * experts for experts in encoder_L]
-            + [p_E[:experts] for p_E, experts in zip(p_LE, self._experts_L, strict=True)],
-            [[FARTHEST] * experts for experts in encoder_L]
-            + [later_E[:experts] for later_E, experts in zip(later_LE, self._experts_L, strict=True)],
+            self._of_cache(said.p_LE.tolist(), 0.0), self._of_cache(said.later_LE.tolist(), FARTHEST)
         )
+
+    def _of_cache(self, value_LE: list[list[float]], of_encoder: float) -> list[list[float]]:
+        encoder_L = self.cache.shape.experts_per_layer[: self.source_layers]
+        return [[of_encoder] * experts for experts in encoder_L] + [
+            value_E[:experts] for value_E, experts in zip(value_LE, self._experts_L, strict=True)
+        ]
 
     @contextmanager
     def _asking(self, hidden: bool = False) -> Iterator[PassPredictor | None]:

@@ -81,6 +81,10 @@ class PassForecast:
         said_CLE = torch.sigmoid(torch.einsum("cf,clef->cle", self.weight_CF, x_CLEF))
         return said_CLE[0], worth_as_passes(1 - said_CLE[1:])
 
+    def peek(self, p_LE: Tensor) -> Tensor:
+        """p_LE that a pass to come needs each expert, as `forecast` would say now; nothing is noted of it."""
+        return torch.sigmoid(self._features(p_LE, None)[0] @ self.weight_CF[0])
+
     def observe(self, used_LE: Tensor) -> None:
         """The pass is over; used_LE (bool) says what it used. Learns from every guess that this decides."""
         self._used.append(used_LE)

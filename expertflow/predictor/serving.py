@@ -84,6 +84,10 @@ class PassPredictor(Protocol):
         """
         ...
 
+    def soon(self, foreseen: Foreseen) -> Tensor:
+        """p_LE that a pass to come, of these rows, needs the experts. May be called from another thread."""
+        ...
+
     def profile(self, ids_T: Tensor) -> Tensor | None:
         """p_LE: how often a text of such tokens needs each expert, before it runs; None where nothing is said.
 
@@ -173,6 +177,9 @@ class ServingPredictor:
             return None
         p_B1LE, absent_BCLE = self._speak(self.trained, context, states_B1D)
         return Foreseen(self.combination.consult(context, {0: p_B1LE}), absent_BCLE)
+
+    def soon(self, foreseen: Foreseen) -> Tensor:
+        return self.expected.peek(_any_row(foreseen.p_NLE))
 
     def profile(self, ids_T: Tensor) -> Tensor | None:
         return self.combination.profile(ids_T)

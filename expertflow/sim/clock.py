@@ -25,11 +25,13 @@ class Pass:
     """One decode step of a batch: which experts each layer's router chose, and what was expected before.
 
     ahead_L: what look-ahead said of each layer while the one before it ran, None where nothing; empty: nothing at all.
+    next_LE: what was expected of the pass after this one when this one began; None: nothing.
     """
 
     experts_L: Sequence[Sequence[int]]
     forecast: Forecast | None
     ahead_L: Sequence[Sequence[float] | None] = ()
+    next_LE: Sequence[Sequence[float]] | None = None
 
 
 @dataclass
@@ -165,6 +167,9 @@ class Simulation:
         self._compute(self.costs.pass_s)
         self._record("begin_pass", step.forecast)
         self._execute(self.plan.begin_pass(step.forecast))
+        if step.next_LE is not None:
+            self._record("expect_next", step.next_LE)
+            self._execute(self.plan.expect_next(step.next_LE))
         for layer, experts in enumerate(step.experts_L):
             self._compute(self.costs.dense_s)
             after = layer + 1

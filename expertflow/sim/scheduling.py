@@ -8,6 +8,7 @@ and are not simulated. Everything that is predicted is causal.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,7 +25,7 @@ from expertflow.scheduler.group import group
 from expertflow.sim.clock import Outcome, Pass, Simulation
 from expertflow.sim.compare import KNOWN
 from expertflow.sim.hardware import Costs
-from expertflow.sim.workload import Foretold, forecast_of, shape_of
+from expertflow.sim.workload import Foretold, forecast_of, shape_of, soon_of
 
 By = Literal["arrival", "predicted", "true"]
 Execution = Literal["split", "joint"]
@@ -66,6 +67,15 @@ class Token(NamedTuple):
 
     sequence: int
     step: int
+
+
+class _Turn(NamedTuple):
+    """One pass."""
+
+    step: int
+    unit: int
+    tokens: list[Token]
+    used_LE: Tensor
 
 
 class UnitStep(NamedTuple):
@@ -131,20 +141,25 @@ def simulate_scheduling(
         foretold.absent_TCLE is not None,
     )
     draw = torch.Generator().manual_seed(0)
-    for step in decode_steps(foretold, how):
+    turns: list[_Turn] = []
+    for step in itertools.islice(decode_steps(foretold, how), max_steps):
         together = (
             step.batches if how.execution == "split" else [[t for batch in step.batches for t in batch]]
         )
-        for tokens in together:
-            used_LE = paths_of(foretold, tokens).any(0)
-            forecast = forecast_of(foretold, expected, tokens, used_LE, draw)
-            passes.append(Pass([row.nonzero().flatten().tolist() for row in used_LE], forecast))
-            result.activations += int(used_LE.sum())
-            result.tokens += len(tokens)
+        turns += [
+            _Turn(result.steps, step.unit, tokens, paths_of(foretold, tokens).any(0)) for tokens in together
+        ]
         result.steps += 1
         result.moved += step.moved
-        if max_steps is not None and result.steps >= max_steps:
-            break
+    for turn, after in itertools.zip_longest(turns, turns[1:]):
+        # The newest tokens of the next pass are there already, unless this very unit has to find them.
+        known = after is not None and (after.step == turn.step or after.unit != turn.unit)
+        next_LE = soon_of(foretold, expected, after.tokens, after.used_LE) if known else None
+        forecast = forecast_of(foretold, expected, turn.tokens, turn.used_LE, draw)
+        experts_L = [row.nonzero().flatten().tolist() for row in turn.used_LE]
+        passes.append(Pass(experts_L, forecast, next_LE=next_LE))
+        result.activations += int(turn.used_LE.sum())
+        result.tokens += len(turn.tokens)
     if how.execution == "joint":
         cost = replace(cost, dense_s=2 * cost.dense_s)
     kind = KNOWN[policy]

@@ -204,8 +204,7 @@ def _ahead_L(foretold: Foretold, rows: Sequence[tuple[int, int]]) -> Sequence[Se
     """What look-ahead says of each layer of these rows together; of the first it knows nothing."""
     if foretold.ahead_TLE is None:
         return ()
-    p_LE = 1 - (1 - torch.stack([foretold.ahead_TLE[n][t] for n, t in rows]).float()).prod(0)
-    return [None, *p_LE[1:].tolist()]
+    return [None, *_any_row(foretold.ahead_TLE, rows)[1:].tolist()]
 
 
 def _routes_LK(sequence: TracedSequence, t: int) -> Tensor:
@@ -224,7 +223,7 @@ def forecast_of(
         return None
     p_LE = later_CLE = None
     if foretold.p_TLE is not None:
-        p_LE = 1 - (1 - torch.stack([foretold.p_TLE[n][t] for n, t in rows]).float()).prod(0)
+        p_LE = _any_row(foretold.p_TLE, rows)
     if foretold.absent_TCLE is not None:
         later_CLE = torch.stack([foretold.absent_TCLE[n][t] for n, t in rows]).float().prod(0)
     if foretold.prediction == "noise" and p_LE is not None:
@@ -235,6 +234,21 @@ def forecast_of(
     if foretold.prediction == "oracle":
         now_LE = used_LE.float()
     return Forecast(now_LE.tolist(), later_LE.tolist())
+
+
+def soon_of(
+    foretold: Foretold, expected: PassForecast, rows: Sequence[tuple[int, int]], used_LE: Tensor
+) -> list[list[float]] | None:
+    """What is expected of a pass that comes after the one that begins, of other rows. Nothing is learnt from it."""
+    if foretold.prediction == "oracle":
+        return used_LE.float().tolist()
+    if foretold.p_TLE is None:
+        return None
+    return expected.peek(_any_row(foretold.p_TLE, rows)).tolist()
+
+
+def _any_row(p_TLE: Sequence[Tensor], rows: Sequence[tuple[int, int]]) -> Tensor:
+    return 1 - (1 - torch.stack([p_TLE[n][t] for n, t in rows]).float()).prod(0)
 
 
 class _Within:

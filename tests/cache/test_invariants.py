@@ -115,6 +115,10 @@ class Forecasts:
             p_LE = [self.p_E(kind, step + after) for after in range(SHAPE.num_layers)]
             later_LE = [[20 * self.number(kind) for _ in range(6)] for _ in range(SHAPE.num_layers)]
             return cache.begin_pass(Forecast(p_LE, self.draw.choice([None, later_LE])))
+        after = step - layer + SHAPE.num_layers  # where the next pass begins, unless this is the last
+        is_last = after + SHAPE.num_layers > len(self.routes.index_TK)
+        if not is_last and (layer == 2 or self.draw.random() < 0.3):
+            cache.expect_next([self.p_E(kind, after + number) for number in range(SHAPE.num_layers)])
         return cache.refine(layer, self.p_E(kind, step))
 
     def number(self, kind: str) -> float:
@@ -307,7 +311,8 @@ def test_a_run_over_a_throttled_link_replays_exactly(seed, policy):
         )
         events = cache.events
         assert events is not None
-        assert {"begin_pass", "refine", "open_layer", "load_finished"} <= {kind for kind, *_ in events}
+        told = {"begin_pass", "refine", "expect_next", "open_layer", "load_finished"}
+        assert told <= {kind for kind, *_ in events}
         done, decided = replayed_actions(cache, policy)
         assert done == decided
     finally:
@@ -347,6 +352,8 @@ def test_a_forecast_of_another_shape_is_refused_and_breaks_nothing(forecast, mes
     try:
         with pytest.raises(ValueError, match=message):
             cache.begin_pass(forecast)
+        with pytest.raises(ValueError, match=message.replace("7 experts", "2 layers|7 experts")):
+            cache.expect_next(forecast.later_LE or forecast.p_LE)
         for layer, p_E in ((3, [0.5] * 6), (0, [0.5])):
             with pytest.raises(ValueError, match="layer"):
                 cache.refine(layer, p_E)

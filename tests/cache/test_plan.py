@@ -95,6 +95,10 @@ class PlanMachine(RuleBasedStateMachine):
     def refine(self, layer: int, p: list[float]) -> None:
         self.execute(self.plan.refine(layer, p))
 
+    @rule(p=st.lists(st.sampled_from([0.0, 0.4, 0.6, 1.0]), min_size=12, max_size=12))
+    def expect_next(self, p: list[float]) -> None:
+        self.execute(self.plan.expect_next([p[:4], p[4:8], p[8:]]))
+
     @precondition(lambda self: self.layer is None)
     @rule(layer=st.integers(0, 2), experts=st.sets(st.integers(0, 3), min_size=1))
     def open_layer(self, layer: int, experts: set[int]) -> None:
@@ -400,6 +404,106 @@ def test_prefetches_do_not_push_each_other_out_for_ever(p, num_slots, data):
         assert len(fetched) <= 12, f"{fetched} went round in circles"
         todo += plan.load_finished(load.expert)
     assert len(set(fetched)) == len(fetched)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(0, 1), min_size=12, max_size=12),
+    st.lists(st.floats(0, 1), min_size=12, max_size=12),
+    st.integers(2, 11),
+    st.integers(0, 2),
+    st.data(),
+)
+def test_nor_do_those_for_the_next_pass(p, next_p, num_slots, opened, data):
+    plan = new_plan(num_slots, "plec")
+    later = [[data.draw(st.floats(1, 20)) for _ in range(4)] for _ in range(3)]
+    todo = plan.begin_pass(Forecast([p[0:4], p[4:8], p[8:12]], later))
+    for layer in range(opened + 1):
+        todo += plan.open_layer(layer, at(layer, 0)).actions
+        while todo:
+            action = todo.pop(0)
+            if isinstance(action, Load):
+                todo += plan.load_finished(action.expert)
+        todo += plan.release(ExpertId(layer, 0))
+    todo += plan.expect_next([next_p[0:4], next_p[4:8], next_p[8:12]])
+    fetched: list[ExpertId] = []
+    while todo:
+        action = todo.pop(0)
+        assert isinstance(action, Load)
+        fetched.append(action.expert)
+        assert len(fetched) <= 12, f"{fetched} went round in circles"
+        todo += plan.load_finished(action.expert)
+    assert len(set(fetched)) == len(fetched)
+
+
+def pass_of(plan: CachePlan, upto: int, needed: int = 0) -> None:
+    """Layers 0 to `upto` need one expert each, and are done."""
+    for layer in range(upto + 1):
+        for load in plan.open_layer(layer, at(layer, needed)).actions:
+            assert isinstance(load, Load)
+            plan.load_finished(load.expert)
+        plan.release(ExpertId(layer, needed))
+
+
+def test_the_next_pass_is_fetched_for_when_its_first_layers_are_near():
+    plan = new_plan(8, "plec")
+    plan.begin_pass(Forecast([[0.0] * 4] * 3))
+    pass_of(plan, 0)
+    assert plan.expect_next([[0.2, 0.6, 0.9, 0.0], [0.0, 0.0, 0.0, 0.9], [0.0, 0.8, 0.0, 0.0]]) == []
+    actions = plan.open_layer(1, at(1, 0)).actions  # layer 2, and then layer 0 of the next pass
+    assert loads(actions) == [*at(1, 0), *at(0, 2)]
+    (load,) = [action for action in actions if action.expert.layer == 1]
+    assert loads(plan.load_finished(load.expert)) == at(0, 1)
+    plan.load_finished(ExpertId(0, 2))
+    plan.load_finished(ExpertId(0, 1))
+    plan.release(ExpertId(1, 0))
+    actions = plan.open_layer(2, at(2, 0)).actions
+    assert loads(actions) == [*at(2, 0), *at(1, 3)], "and of its layer 1, when the last one is open"
+
+
+def test_what_is_fetched_for_this_pass_makes_no_room_for_the_next():
+    plan = new_plan(2, "plec")
+    plan.begin_pass(Forecast([[0.0] * 4, [0.0] * 4, [0.5, 0.0, 0.0, 0.0]], [[20.0] * 4] * 3))
+    pass_of(plan, 0)
+    for load in plan.open_layer(1, at(1, 0)).actions:
+        plan.load_finished(load.expert)
+    for load in plan.release(ExpertId(1, 0)):  # which makes room for an expert of layer 2 that is not so sure
+        plan.load_finished(load.expert)
+    assert ExpertId(2, 0) in plan.table.residents
+    todo = plan.expect_next([[0.0, 1.0, 1.0, 0.0], [0.0] * 4, [0.0] * 4])
+    assert loads(todo) == at(0, 1)
+    assert plan.load_finished(ExpertId(0, 1)) == [], (
+        "expert 0 of layer 2 may be needed later, but comes first"
+    )
+    assert plan.table.residents == {ExpertId(2, 0), ExpertId(0, 1)}
+
+
+def test_what_was_expected_of_a_pass_is_forgotten_when_it_begins():
+    plan = new_plan(8, "plec")
+    plan.begin_pass(Forecast([[0.0] * 4] * 3))
+    plan.expect_next([[0.9] * 4] * 3)
+    plan.begin_pass(Forecast([[0.0] * 4] * 3))
+    for layer in range(3):
+        actions = plan.open_layer(layer, at(layer, 0)).actions
+        assert loads(actions) == at(layer, 0)
+        plan.load_finished(ExpertId(layer, 0))
+        assert plan.release(ExpertId(layer, 0)) == []
+
+
+def test_whoever_the_next_pass_needs_stays():
+    for wanted, other in ((0, 1), (1, 0)):
+        plan = new_plan(3, "plec")
+        plan.begin_pass(Forecast([[0.0] * 4] * 3, [[3.0] * 4] * 3))
+        for load in plan.open_layer(0, at(0, 0, 1)).actions:
+            plan.load_finished(load.expert)
+        for expert in at(0, 0, 1):
+            plan.release(expert)
+        p_E = [0.0] * 4
+        p_E[wanted] = 0.45  # too unlikely to be fetched, likely enough to stay
+        plan.expect_next([p_E, [0.0] * 4, [0.0] * 4])
+        opened = plan.open_layer(1, at(1, 0, 1))
+        evicted = [load.evicted for load in opened.actions if isinstance(load, Load) and load.evicted]
+        assert evicted == at(0, other)
 
 
 def test_a_prefetch_stops_when_whoever_must_go_is_needed_sooner():

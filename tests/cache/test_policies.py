@@ -35,6 +35,8 @@ def random_history(policy: Policy, seed: int, steps: int = 300) -> Iterator[tupl
     for step in range(steps):
         if step % 40 == 20:
             policy.begin_pass(random_forecast(policy.shape, draw))
+        if step % 40 == 30:
+            policy.expect_next(random_forecast(policy.shape, draw).p_LE)
         wanted = draw.choice(everyone)
         if wanted not in residents:
             yield set(residents), wanted

@@ -193,7 +193,8 @@ def test_sequences_of_a_language_share_a_batch_and_its_experts(tmp_path: Path) -
             found[schedule] = (tokens([request.output() for request in requests]), loads(llm), uses)
     assert found["auto"][0] == found["fixed"][0]
     assert found["auto"][2] < 0.75 * found["fixed"][2]
-    assert found["auto"][1] < 0.75 * found["fixed"][1]
+    # .69 without what is fetched for the next pass, some of it in vain.
+    assert found["auto"][1] < 0.9 * found["fixed"][1]
 
 
 def test_what_moving_costs_decides(tmp_path: Path) -> None:
@@ -238,6 +239,56 @@ def test_one_unit_alone_predicts_on_the_critical_path(
         assert 0 < stats.scheduling_share == seconds / stats.step_seconds < 1
         engine.reset_stats()
         assert engine.stats.group_seconds == engine.stats.groupings == 0
+
+
+@pytest.mark.parametrize("execution", ["split", "joint"])
+def test_the_cache_is_told_of_the_pass_after_the_one_that_runs(
+    folders: Callable[[str], Path], execution: str
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    with load(folders("qwen2_moe")) as llm, auto(llm, execution=execution) as (engine, schedule):
+        schedule.payoff = Patient()  # so that what is said of a unit is there when it runs
+        cache = llm.experts.cache
+        begin_pass, expect_next = cache.begin_pass, cache.expect_next
+        told: list[tuple[str, Any]] = []
+
+        def begun(forecast: Any) -> None:
+            told.append(("pass", None if forecast is None else forecast.p_LE))
+            begin_pass(forecast)
+
+        def expected(p_LE: Any) -> None:
+            told.append(("next", p_LE))
+            expect_next(p_LE)
+
+        cache.begin_pass, cache.expect_next = begun, expected  # type: ignore[method-assign]
+        engine.generate(PROMPTS[:4] * 2, params)
+
+    said = {"this": [], "next": []}  # type: ignore[var-annotated]
+    now = None
+    for number, (what, p_LE) in enumerate(told):
+        if what == "pass":
+            now = p_LE
+            continue
+        then = next((p for kind, p in told[number + 1 :] if kind == "pass"), None)
+        if now is not None and then is not None:
+            for name, other_LE in (("this", now), ("next", then)):
+                said[name].append(float((torch.tensor(p_LE) - torch.tensor(other_LE)).abs().mean()))
+    assert len(said["next"]) > 20
+    assert sum(said["next"]) < 0.3 * sum(said["this"]), "it was said of other rows"
+
+
+def test_one_unit_says_of_its_second_batch_alone_what_comes(folders: Callable[[str], Path]) -> None:
+    """Its first batch's next token is not known while the second one runs."""
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with load(folders("qwen2_moe"), sequences=4) as llm, auto(llm) as (engine, schedule):
+        schedule.payoff = Patient()
+        predicting: Any = llm.experts.predicting
+        following: list[list[int]] = []
+        then = predicting.then
+        predicting.then = lambda passes: (following.append([len(names) for names in passes]), then(passes))
+        engine.generate(PROMPTS[:4], params)
+        assert [2] in following
+        assert all(passes in ([], [2], [1]) for passes in following)
 
 
 def test_learning_is_done_while_the_next_unit_computes(folders: Callable[[str], Path]) -> None:

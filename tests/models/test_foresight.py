@@ -42,6 +42,15 @@ def test_rows_of_several_lanes_are_found_together() -> None:
     assert found.p_NLE[:, 0, 0].tolist() == torch.tensor([0.05, 0.02, 0.04, 0.01]).tolist()
 
 
+def test_what_was_said_is_found_by_names_as_far_as_anything_was() -> None:
+    foresight = asked()
+    found = foresight.of([Name(2, 0), Name(7, 0), Name(5, 0), Name(3, 1)])
+    assert found is not None
+    assert found.p_NLE[:, 0, 0].tolist() == torch.tensor([0.02, 0.05]).tolist()
+    assert foresight.of([Name(7, 0), Name(3, 1)]) is None
+    assert foresight.of([]) is None
+
+
 def test_nothing_is_found_unless_it_is_known_of_all_rows() -> None:
     assert asked().find(rows(1, 6)) is None
     assert Foresight().find(rows(1)) is None

@@ -101,6 +101,11 @@ class Noise:
         p_NLE = torch.rand(rows, self.layers, self.experts, generator=self.draw)
         return Foreseen(Opinions(p_NLE[:, None], torch.zeros(rows, dtype=torch.int64), p_NLE))
 
+    def soon(self, foreseen: Foreseen) -> Tensor:
+        p_LE = torch.rand(self.layers, self.experts, generator=self.draw)
+        p_LE[-1, -1] = float("nan")
+        return p_LE
+
     def profile(self, ids_T: Tensor) -> Tensor:
         return torch.rand(self.layers, self.experts, generator=self.draw)
 

@@ -36,6 +36,21 @@ def test_without_anything_said_it_goes_by_how_often_experts_were_used():
     assert later_LE[0, 0] < 2 < 4 < later_LE[0, 1]
 
 
+def test_a_peek_says_the_same_and_leaves_no_trace():
+    draw = torch.Generator().manual_seed(0)
+    peeking, other = (PassForecast(2, 6, 2, has_prediction=True, has_head=False) for _ in range(2))
+    for _ in range(30):
+        p_LE, used_LE = torch.rand(2, 6, generator=draw), torch.rand(2, 6, generator=draw) < 0.4
+        peeking.peek(torch.rand(2, 6, generator=draw))
+        peeked_LE = peeking.peek(p_LE)
+        said, told = (one.forecast(p_LE) for one in (peeking, other))
+        torch.testing.assert_close(peeked_LE, said[0])
+        assert torch.equal(said[0], told[0])
+        assert torch.equal(said[1], told[1])
+        for one in (peeking, other):
+            one.observe(used_LE)
+
+
 def test_guesses_are_not_judged_by_other_texts():
     """A pass that follows another text says nothing of what was expected to come after the last."""
     forecast = PassForecast(1, 4, 1, has_prediction=False, has_head=False)

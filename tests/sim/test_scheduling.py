@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
 
+from expertflow.sim.clock import Outcome, Pass, Simulation
 from expertflow.sim.hardware import Costs
 from expertflow.sim.scheduling import (
     WAYS,
@@ -141,3 +143,34 @@ def test_what_cannot_be_is_refused(chat: Foretold) -> None:
     blind = Foretold(chat.meta, "none", chat.sequences, None, None)
     with pytest.raises(ValueError, match="predicts no paths"):
         next(decode_steps(blind, Scheduling(grouping="predicted")))
+
+
+@pytest.mark.parametrize(("execution", "units"), [("joint", 2), ("split", 2), ("joint", 1), ("split", 1)])
+def test_the_next_pass_is_expected_where_its_tokens_are_known(
+    chat: Foretold, execution: str, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[Pass]] = []
+
+    class Watched(Simulation):
+        def run(self, passes: Sequence[Pass], settle: int = 0) -> Outcome:
+            ran.append(list(passes))
+            return super().run(passes, settle)
+
+    monkeypatch.setattr("expertflow.sim.scheduling.Simulation", Watched)
+    oracle = replace(chat, prediction="oracle", p_TLE=None, absent_TCLE=None)
+    how = Scheduling(execution, batch=4, num_units=units)  # type: ignore[arg-type]
+    simulate_scheduling(oracle, how, LINK_BOUND, 8, max_steps=6)
+    (passes,) = ran
+    assert passes[-1].next_LE is None
+    told = []
+    for now, after in pairwise(passes):
+        told.append(now.next_LE is not None)
+        if now.next_LE is not None:
+            found = [[e for e, p in enumerate(p_E) if p == 1] for p_E in now.next_LE]
+            assert found == [sorted(experts) for experts in after.experts_L]
+    if units == 2:
+        assert all(told)
+    elif execution == "joint":
+        assert not any(told), "its own next tokens are not there yet"
+    else:
+        assert told == [True, False] * 5 + [True], "of its other batch they are"

@@ -118,6 +118,10 @@ class Policy(ABC):
         """A better prediction of one layer of this pass that has not opened yet (look-ahead)."""
         return None
 
+    def expect_next(self, p_LE: Sequence[Sequence[float]]) -> None:
+        """What the pass after the one that runs will need: that of other sequences, whose newest tokens are known."""
+        return None
+
     def layer_opened(self, layer: int, needed: Sequence[ExpertId]) -> None:
         """The router of `layer` has spoken. Comes before `used` and before any room is made for `needed`."""
         return None

@@ -87,7 +87,8 @@ class NextUse(Policy):
 
     When an expert is needed next is expected from the forecast of this pass and, beyond it, of later passes;
     without one, from how often it was used lately. Whoever is needed farthest goes. Prefetches come in order of
-    execution, then probability, two layers ahead, as long as the expected use comes sooner than the victim's.
+    execution, then probability, two layers ahead, as long as the expected use comes sooner than the victim's. Where the
+    next pass is another unit's, and predicted already, the two layers may be its first.
 
     What is uncertain counts as the certain use that is worth as much, a use being worth `discount` of what it is
     worth one pass earlier.
@@ -113,6 +114,7 @@ class NextUse(Policy):
         ]  # position of the next use, from this pass's start
         self._p: list[Sequence[float]] = [[] for _ in layers]
         self._later: Sequence[Sequence[float]] | None = None
+        self._next: Sequence[Sequence[float]] | None = None  # of the pass after this one
         self._foretold = False  # whether anything was said of this pass
         self._farthest: list[list[ExpertId] | None] = [None for _ in layers]  # residents, whom to evict first
         self._wishes: list[list[ExpertId] | None] = [None for _ in layers]
@@ -132,6 +134,7 @@ class NextUse(Policy):
 
     def begin_pass(self, forecast: Forecast | None) -> None:
         self._layer = -1
+        self._next = None
         self._foretold = forecast is not None
         self._later = forecast.later_LE if forecast is not None else None
         for layer in range(self.shape.num_layers):
@@ -142,6 +145,21 @@ class NextUse(Policy):
         self._p[layer] = p_E
         self._foretold = True
         self._expect(layer)
+
+    def expect_next(self, p_LE: Sequence[Sequence[float]]) -> None:
+        self._next = p_LE
+        self._foretold = True
+        discount, later_LE = self.discount, []
+        for layer in range(self.shape.num_layers):
+            later_LE.append(
+                [
+                    log(p * discount + (1 - p) * discount ** max(later, 2.0)) / log(discount)
+                    for p, later in zip(p_LE[layer], self._later_of(layer), strict=True)
+                ]
+            )
+        self._later = later_LE
+        for layer in range(self.shape.num_layers):
+            self._expect(layer)
 
     def layer_opened(self, layer: int, needed: Sequence[ExpertId]) -> None:
         if layer <= self._layer:  # nobody said that a pass began
@@ -157,8 +175,7 @@ class NextUse(Policy):
     def _expect(self, layer: int) -> None:
         """Say anew when each expert of this layer is needed next."""
         num_layers = self.shape.num_layers
-        rate_E, p_E = self._rate[layer], self._p[layer]
-        later_E = self._later[layer] if self._later is not None else [1 / max(rate, 0.01) for rate in rate_E]
+        rate_E, p_E, later_E = self._rate[layer], self._p[layer], self._later_of(layer)
         if layer <= self._layer:
             self._when[layer] = [layer + num_layers * later for later in later_E]
         else:
@@ -168,6 +185,12 @@ class NextUse(Policy):
                 for p, later in zip(p_E or rate_E, later_E, strict=True)
             ]
         self._farthest[layer] = self._wishes[layer] = None
+
+    def _later_of(self, layer: int) -> Sequence[float]:
+        """Passes from this one to the use after it."""
+        if self._later is not None:
+            return self._later[layer]
+        return [1 / max(rate, 0.01) for rate in self._rate[layer]]
 
     def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
         victim, farthest = None, -1.0
@@ -185,9 +208,11 @@ class NextUse(Policy):
         return victim
 
     def next_prefetch(self, residents: Collection[ExpertId]) -> ExpertId | None:
-        end = min(self.shape.num_layers, self._layer + 1 + self.layers_ahead)
-        for layer in range(self._layer + 1, end):
-            for expert in self._wishes_of(layer):
+        num_layers = self.shape.num_layers
+        for position in range(self._layer + 1, self._layer + 1 + self.layers_ahead):
+            if position >= num_layers and self._next is None:
+                break
+            for expert in self._wishes_of(position % num_layers):
                 if expert not in residents:
                     return expert
         return None
@@ -199,11 +224,17 @@ class NextUse(Policy):
     def _wishes_of(self, layer: int) -> list[ExpertId]:
         wishes = self._wishes[layer]
         if wishes is None:
-            p_E = self._p[layer]
+            p_E = self._soonest_p(layer)
             likely = [e for e, p in enumerate(p_E) if p >= self.least_likely]
             wishes = [ExpertId(layer, e) for e in sorted(likely, key=lambda e: (-p_E[e], e))]
             self._wishes[layer] = wishes
         return wishes
+
+    def _soonest_p(self, layer: int) -> Sequence[float]:
+        """Of the layer's next turn: in this pass, or in the next one, of which nothing may be known."""
+        if layer > self._layer:
+            return self._p[layer]
+        return self._next[layer] if self._next is not None else []
 
     def choose_prefetch_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
         victim = self.choose_victim(_NotFetchedBefore(self, offered, wanted), wanted)
@@ -215,14 +246,19 @@ class NextUse(Policy):
         return victim
 
     def fetched_before(self, expert: ExpertId, wanted: ExpertId) -> bool:
-        """Whether `expert` would be fetched for this pass as well, and before `wanted`."""
-        if not self._layer < expert.layer <= wanted.layer:
+        """Whether `expert` would be fetched as well, and before `wanted`."""
+        turn, wanted_turn = self._turn(expert.layer), self._turn(wanted.layer)
+        if turn > wanted_turn:
             return False
-        p_E = self._p[expert.layer]
+        p_E = self._soonest_p(expert.layer)
         p = p_E[expert.expert] if p_E else 0.0
         if p < self.least_likely:
             return False
-        return expert.layer < wanted.layer or (-p, expert) < (-p_E[wanted.expert], wanted)
+        return turn < wanted_turn or (-p, expert) < (-p_E[wanted.expert], wanted)
+
+    def _turn(self, layer: int) -> int:
+        """When the layer opens next, counted from this pass's first."""
+        return layer if layer > self._layer else layer + self.shape.num_layers
 
 
 class _NotFetchedBefore(Container[ExpertId]):
