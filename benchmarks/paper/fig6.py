@@ -25,6 +25,7 @@ from benchmarks.paper.simulated import (
     compared,
     systems_for,
 )
+from benchmarks.paper.units import PIPELINE
 from expertflow.sim.hardware import hardware
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def conditions(settings: Settings) -> dict[str, Any]:
     return {
         "hardware": A40,
         "most_steps": QUICK_STEPS if settings.quick else MOST_STEPS,
+        **PIPELINE,
         **predictors,
     }
 

@@ -10,6 +10,7 @@ from benchmarks.paper import fig6, recordings
 from benchmarks.paper.item import Item, Part, Result, Row, Say, Section, Settings, Target
 from benchmarks.paper.published import published
 from benchmarks.paper.simulated import A40, Grid
+from benchmarks.paper.units import PIPELINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +41,7 @@ def conditions(settings: Settings) -> dict[str, Any]:
     return {
         "hardware": A40,
         "most_steps": fig6.most_steps(MODEL, settings.quick),
+        **PIPELINE,
         **predictors,
         "trained on": TRAINED_ON,
     }

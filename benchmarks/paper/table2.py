@@ -10,7 +10,7 @@ from benchmarks.paper import recordings
 from benchmarks.paper.item import Item, Part, Result, Row, Say, Section, Settings, Table, Target
 from benchmarks.paper.published import Published, published
 from benchmarks.paper.simulated import A40, measures, slots
-from benchmarks.paper.units import Way, unit_workload
+from benchmarks.paper.units import PIPELINE, Way, unit_workload
 from expertflow.sim.compare import simulate
 from expertflow.sim.hardware import costs, hardware, model_size
 
@@ -63,7 +63,8 @@ def conditions(settings: Settings) -> dict[str, Any]:
     predictors = recordings.conditions(
         settings, [(published(n).recording, published(n).task) for n in IN_PAPER]
     )
-    return {"hardware": A40, "max_steps": QUICK_STEPS if settings.quick else MAX_STEPS, **predictors}
+    steps = QUICK_STEPS if settings.quick else MAX_STEPS
+    return {"hardware": A40, "max_steps": steps, **PIPELINE, **predictors}
 
 
 def section(result: Result) -> Section:

@@ -24,8 +24,12 @@ from expertflow.sim.workload import (
     workload_of,
 )
 
-# alone: one batch to its end, then the other. split: they take turns. grouped: they take turns and are grouped anew
-# before each step by predicted paths (the paper's token scheduler); known: by true paths. joint: both in one pass.
+# alone: one batch to its end, then the other. split: they take turns, and while one computes the other's next pass is
+# predicted. grouped: they take turns and are grouped anew before each step by predicted paths (the paper's token
+# scheduler), so that of a step's second pass alone something is known before; known: by true paths. joint: both in one
+# pass.
+# Results made with another idea of what is known are made anew.
+PIPELINE = {"two_batches": "next pass known"}
 Way = Literal["alone", "split", "grouped", "known", "joint"]
 
 
@@ -58,9 +62,9 @@ def _steps(
         halves = [arrived[:batch], arrived[batch:]]
         if way == "alone":
             for half in halves:
-                yield from _marked([members] for members in _decoding(foretold, half, most_steps))
+                yield from _marked(([members] for members in _decoding(foretold, half, most_steps)), way)
             continue
-        yield from _marked(_shared_out(foretold, arrived, halves, way, most_steps))
+        yield from _marked(_shared_out(foretold, arrived, halves, way, most_steps), way)
 
 
 def _shared_out(
@@ -107,8 +111,11 @@ def _path(foretold: Foretold, n: int, t: int, way: Way) -> Tensor:
     return routes_to_mask(routes_LK, max(shape_of(foretold.meta).experts_per_layer))
 
 
-def _marked(steps: Iterable[Sequence[Sequence[tuple[int, int]]]]) -> Iterator[Step]:
+def _marked(steps: Iterable[Sequence[Sequence[tuple[int, int]]]], way: Way) -> Iterator[Step]:
     """Steps of a unit as passes; the last says so."""
-    passes = [rows for parts in steps for rows in parts]
-    for number, rows in enumerate(passes):
-        yield Step(rows, last=number == len(passes) - 1)
+    passes = [(rows, rows is parts[-1]) for parts in steps for rows in parts]
+    for number, (rows, ends_step) in enumerate(passes):
+        last = number == len(passes) - 1
+        after = {n for n, _ in passes[number + 1][0]} if not last else set()
+        others = not after & {n for n, _ in rows}  # the same sequences have yet to find their next tokens
+        yield Step(rows, last, not last and others and (way == "split" or not ends_step))

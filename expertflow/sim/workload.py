@@ -134,10 +134,12 @@ def decoded(group: Group, values_BT: Tensor) -> list[Tensor]:
 
 class Step(NamedTuple):
     """One forward pass: each row is a sequence of a Foretold and the number of its decode step. last: the texts end
-    with it, so what was seen lately says nothing of what comes."""
+    with it, so what was seen lately says nothing of what comes. next_is_known: the newest tokens of the pass after it
+    are there when it begins, since that is another batch's."""
 
     rows: Sequence[tuple[int, int]]
     last: bool = False
+    next_is_known: bool = False
 
 
 def decode_steps(sequence: TracedSequence) -> int:
@@ -188,12 +190,21 @@ def workload_of(foretold: Foretold, batch: int, steps: Iterable[Step], seed: int
     draw = torch.Generator().manual_seed(seed)
     passes: list[Pass] = []
     rows = 0
-    for step in steps:
+
+    def used(step: Step) -> Tensor:
         routes_BLK = torch.stack([_routes_LK(sequences[n], t) for n, t in step.rows])
-        used_LE = multi_hot(routes_BLK, experts).any(0)
+        return multi_hot(routes_BLK, experts).any(0)
+
+    todo = iter(steps)
+    after = next(todo, None)
+    while after is not None:
+        step, after = after, next(todo, None)
+        used_LE, next_LE = used(step), None
+        if step.next_is_known and after is not None:
+            next_LE = soon_of(foretold, expected, after.rows, used(after))
         forecast = forecast_of(foretold, expected, step.rows, used_LE, draw)
         experts_L = [row.nonzero().flatten().tolist() for row in used_LE]
-        passes.append(Pass(experts_L, forecast, _ahead_L(foretold, step.rows)))
+        passes.append(Pass(experts_L, forecast, _ahead_L(foretold, step.rows), next_LE))
         rows += len(step.rows)
         if step.last:
             expected.end_of_text()

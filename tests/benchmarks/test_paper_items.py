@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,23 @@ def test_grouping_by_true_paths_activates_fewest_and_joint_fewer_still(foretold)
     assert activated("joint") < activated("known") < activated("split")
 
 
+@pytest.mark.parametrize("way", ["alone", "split", "grouped", "known", "joint"])
+def test_the_next_pass_is_expected_only_where_its_tokens_are_there(foretold, way):
+    """They are where two batches take turns; a new grouping waits for the tokens of both."""
+    said = (
+        replace(foretold, prediction="oracle", p_TLE=None, absent_TCLE=None) if way != "grouped" else foretold
+    )
+    passes = unit_workload(said, 2, way, most_steps=5, most_sequences=4).passes
+    told = [step.next_LE is not None for step in passes]
+    if way in ("alone", "joint"):
+        assert not any(told)
+        return
+    assert sum(told) == (len(passes) - 1 if way == "split" else len(passes) // 2)
+    for now, after in pairwise(passes):
+        if now.next_LE is not None and way != "grouped":
+            assert [[e for e, p in enumerate(p_E) if p] for p_E in now.next_LE] == after.experts_L
+
+
 def test_grouping_needs_predictions(settings):
     said = recordings.told(settings, "switch-32", "translation", print)["oracle"]
     with pytest.raises(ValueError, match="'oracle' predicts no paths to group by"):
@@ -171,7 +189,7 @@ def test_fig_10_from_recording_to_page_and_figures(settings, monkeypatch):
     assert program.run_all([fig10.ITEM], settings) == []
     found = results.load(settings.results / "fig10-simulated.json")
     by = {(r["batch"], r["cache_size"], r["ratio"], r["policy"]): r["hit_ratio"] for r in found.rows}
-    assert len(by) == 2 * len(fig10.CACHE_SIZES) * len(fig10.RATIOS) * len(fig10.POLICIES)
+    assert len(by) == 2 * len(fig10.CACHE_SIZES) * len(fig10.RATIOS) * len(fig10.SHOWN)
     for batch, size, ratio, _ in by:
         assert by[batch, size, ratio, "belady"] >= by[batch, size, ratio, "lru"]
         assert by[batch, 16, ratio, "lru"] >= by[batch, 8, ratio, "lru"]
