@@ -44,11 +44,14 @@ class TouchAhead:
             self._changed.notify()
 
     def close(self) -> None:
-        """Return when the memory may go."""
+        """Return when the memory may go.
+
+        By any thread, its own too: the garbage collector runs the finalizer of a model wherever it happens to run.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:

@@ -113,3 +113,25 @@ def test_a_kernel_that_refuses_ends_it_quietly(monkeypatch: pytest.MonkeyPatch) 
     touch._thread.join(60)
     assert not touch._thread.is_alive()
     assert resident_bytes(memory) == 0
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_its_own_thread_may_close_it() -> None:
+    """As when the garbage collector finds there that a model is used no more."""
+    memory = aligned_buffer(2 * PIECE_BYTES)
+    threads = []
+
+    class Forgotten:
+        def numel(self) -> int:
+            return memory.numel()
+
+        def data_ptr(self) -> int:
+            threads.append(threading.current_thread())
+            touch.close()
+            return memory.data_ptr()
+
+    touch = TouchAhead(Forgotten())  # type: ignore[arg-type]
+    touch.reading_until(PIECE_BYTES)
+    assert touch._thread is not None
+    touch._thread.join(60)
+    assert threads == [touch._thread]
