@@ -127,6 +127,7 @@ class Predicting:
         self._foresight = Foresight()
         self._following: Sequence[Sequence[Name]] = ()  # by pass from the one that runs, who comes after it
         self._begun = -1  # passes since that was said, less 1
+        self._told = -1  # of which of them the cache has heard what follows
         self._turns = threading.Lock()  # of the two, so that nobody speaks of a pass that has begun meanwhile
         self.learn_later: Later | None = None  # who learns while the next pass runs; None: it waits
         self._pass: _Pass | None = None
@@ -220,12 +221,12 @@ class Predicting:
     def then(self, following: Sequence[Sequence[Name]]) -> None:
         """Whose passes come: following[n] is the one after the n-th pass from now on, counted from 0."""
         with self._turns:
-            self._following, self._begun = following, -1
+            self._following, self._begun, self._told = following, -1, -1
 
     def _tell_of_next(self, hidden: bool) -> None:
         """Tell the cache what is known of the pass after the one that runs."""
         with self._turns:
-            if not (0 <= self._begun < len(self._following) and self.gate.open):
+            if not (self._told < self._begun < len(self._following) and self.gate.open):
                 return
             p_LE: list[list[float]] | None = None
             with self._asking(hidden) as predictor:
@@ -235,6 +236,7 @@ class Predicting:
                         None if foreseen is None else self._of_cache(predictor.soon(foreseen).tolist(), 0.0)
                     )
             if p_LE is not None:
+                self._told = self._begun
                 self.cache.expect_next(p_LE)
 
     def profile(self, prompt_ids: Sequence[int], *, hidden: bool) -> Tensor | None:

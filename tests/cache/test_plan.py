@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from expertflow.cache.plan import Action, CachePlan, Cancel, Load, Promote
 from expertflow.cache.policies import POLICIES, SIMULATED, Forecast
+from expertflow.cache.policies.plec import NextUse
 from expertflow.cache.slots import SlotTable
 from expertflow.core import ExpertId, MoEShape
 
@@ -476,6 +477,18 @@ def test_what_is_fetched_for_this_pass_makes_no_room_for_the_next():
         "expert 0 of layer 2 may be needed later, but comes first"
     )
     assert plan.table.residents == {ExpertId(2, 0), ExpertId(0, 1)}
+
+
+def test_what_is_said_again_of_the_next_pass_takes_the_place_of_what_was_said():
+    p_LE = [[0.1, 0.5, 0.7, 0.0]] * 3
+    once, again = (NextUse(MoEShape((4, 4, 4)), 4) for _ in range(2))
+    for policy in (once, again):
+        policy.begin_pass(Forecast([[0.2, 0.9, 0.4, 0.0]] * 3, [[2.0, 5.0, 9.0, 30.0]] * 3))
+    again.expect_next([[0.9, 0.0, 0.3, 1.0]] * 3)
+    for policy in (once, again):
+        policy.expect_next(p_LE)
+    again.expect_next(p_LE)
+    assert again._when == once._when
 
 
 def test_what_was_expected_of_a_pass_is_forgotten_when_it_begins():

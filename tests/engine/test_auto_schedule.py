@@ -263,6 +263,7 @@ def test_the_cache_is_told_of_the_pass_after_the_one_that_runs(
         cache.begin_pass, cache.expect_next = begun, expected  # type: ignore[method-assign]
         engine.generate(PROMPTS[:4] * 2, params)
 
+    assert not any(one == other == "next" for (one, _), (other, _) in pairwise(told)), "it was said twice"
     said = {"this": [], "next": []}  # type: ignore[var-annotated]
     now = None
     for number, (what, p_LE) in enumerate(told):

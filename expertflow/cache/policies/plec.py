@@ -113,7 +113,8 @@ class NextUse(Policy):
             [] for _ in layers
         ]  # position of the next use, from this pass's start
         self._p: list[Sequence[float]] = [[] for _ in layers]
-        self._later: Sequence[Sequence[float]] | None = None
+        self._beyond: Sequence[Sequence[float]] | None = None  # what was said of passes after this one
+        self._later: Sequence[Sequence[float]] | None = None  # the same, with what is known of the next
         self._next: Sequence[Sequence[float]] | None = None  # of the pass after this one
         self._foretold = False  # whether anything was said of this pass
         self._farthest: list[list[ExpertId] | None] = [None for _ in layers]  # residents, whom to evict first
@@ -136,7 +137,7 @@ class NextUse(Policy):
         self._layer = -1
         self._next = None
         self._foretold = forecast is not None
-        self._later = forecast.later_LE if forecast is not None else None
+        self._beyond = self._later = forecast.later_LE if forecast is not None else None
         for layer in range(self.shape.num_layers):
             self._p[layer] = forecast.p_LE[layer] if forecast is not None else []
             self._expect(layer)
@@ -154,7 +155,7 @@ class NextUse(Policy):
             later_LE.append(
                 [
                     log(p * discount + (1 - p) * discount ** max(later, 2.0)) / log(discount)
-                    for p, later in zip(p_LE[layer], self._later_of(layer), strict=True)
+                    for p, later in zip(p_LE[layer], self._later_of(layer, self._beyond), strict=True)
                 ]
             )
         self._later = later_LE
@@ -175,7 +176,7 @@ class NextUse(Policy):
     def _expect(self, layer: int) -> None:
         """Say anew when each expert of this layer is needed next."""
         num_layers = self.shape.num_layers
-        rate_E, p_E, later_E = self._rate[layer], self._p[layer], self._later_of(layer)
+        rate_E, p_E, later_E = self._rate[layer], self._p[layer], self._later_of(layer, self._later)
         if layer <= self._layer:
             self._when[layer] = [layer + num_layers * later for later in later_E]
         else:
@@ -186,10 +187,10 @@ class NextUse(Policy):
             ]
         self._farthest[layer] = self._wishes[layer] = None
 
-    def _later_of(self, layer: int) -> Sequence[float]:
-        """Passes from this one to the use after it."""
-        if self._later is not None:
-            return self._later[layer]
+    def _later_of(self, layer: int, said_LE: Sequence[Sequence[float]] | None) -> Sequence[float]:
+        """Passes from this one to the use after it; where nothing was said, by how often experts were used lately."""
+        if said_LE is not None:
+            return said_LE[layer]
         return [1 / max(rate, 0.01) for rate in self._rate[layer]]
 
     def choose_victim(self, offered: Container[ExpertId], wanted: ExpertId) -> ExpertId | None:
