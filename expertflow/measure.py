@@ -133,12 +133,13 @@ def _products_meanwhile() -> Iterator[None]:
                 torch.mv(weight, row)
 
     thread = threading.Thread(target=multiply, name="expertflow-measure", daemon=True)
-    thread.start()
     try:
+        thread.start()
         yield
     finally:
         over.set()
-        thread.join()
+        if thread.is_alive():  # Ctrl-C may have come while it was about to start
+            thread.join()
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 The first write to fresh memory makes the kernel find and clear its pages. In a direct read that comes at each page's
 turn, while the disk waits: a first prompt's 1.4 GB of fresh slots took 0.7 s longer (2 cores, Linux 6.18, 2026-11).
 Here a thread has the kernel do it, piece by piece, a little ahead of the reads. Contents are left alone, so it does
-not matter who comes first, and without a kernel that can do it (before 5.14) only speed is lost.
+not matter who comes first, and where it cannot be done (no such kernel, before 5.14; no thread) only speed is lost.
 """
 
 from __future__ import annotations
 
 import ctypes
+import queue
 import sys
 import threading
 
@@ -20,13 +21,16 @@ _MADV_POPULATE_WRITE = 23
 
 
 class TouchAhead:
-    """Of one page-aligned buffer that is read into from its beginning on, by and large."""
+    """Of one page-aligned buffer that is read into from its beginning on, by and large.
+
+    Without a lock: the garbage collector may run the finalizer of a model, and so `close`, in the midst of any line.
+    """
 
     def __init__(self, memory: Tensor):
         self._memory = memory
         self._wanted = 0  # bytes from the beginning
         self._touched = 0
-        self._changed = threading.Condition()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = not sys.platform.startswith("linux")
 
@@ -34,38 +38,33 @@ class TouchAhead:
         """Somebody is about to read into the memory before byte `end`. By one thread, which Ctrl-C does not reach."""
         if self._closed or end <= self._wanted - AHEAD_BYTES // 2:
             return
-        with self._changed:
-            if self._closed:
+        self._wanted = min(end + AHEAD_BYTES, self._memory.numel())
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="expertflow-touch", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads here, or the interpreter ends
+                self._closed = True
                 return
-            self._wanted = min(end + AHEAD_BYTES, self._memory.numel())
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="expertflow-touch", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+            self._thread = thread
+        self._wake.put(None)
 
     def close(self) -> None:
-        """Return when the memory may go.
-
-        By any thread, its own too: the garbage collector runs the finalizer of a model wherever it happens to run.
-        """
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+        """Touch nothing any more. By any thread, its own too."""
+        self._closed = True
+        self._wake.put(None)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:
         madvise = ctypes.CDLL(None, use_errno=True).madvise
-        while True:
-            with self._changed:
-                while self._touched >= self._wanted and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                begin, end = self._touched, min(self._touched + PIECE_BYTES, self._wanted)
+        while not self._closed:
+            begin, end = self._touched, min(self._touched + PIECE_BYTES, self._wanted)
+            if begin >= end:
+                self._wake.get()
+                continue
             address = ctypes.c_void_p(self._memory.data_ptr() + begin)
             refused = madvise(address, ctypes.c_size_t(end - begin), _MADV_POPULATE_WRITE)
-            with self._changed:
-                self._touched = end
-                # All done, a kernel that cannot, or no memory: then the reads will say so.
-                self._closed = self._closed or bool(refused) or end == self._memory.numel()
+            self._touched = end
+            if refused or end == self._memory.numel():  # nobody can, or all is done
+                self._closed = True

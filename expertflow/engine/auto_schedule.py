@@ -141,8 +141,10 @@ class AutoSchedule:
         """The passes of a unit begin, each followed by its next one, the last by those of the unit that comes after."""
         own = [_names([batch]) for batch in unit.batches]
         others = [_names([batch]) for batch in after.batches] if after is not None else []
-        if self._groups:  # each batch has a pass of its own, and each group of prompts behind them
-            following = own[1:] + others[:1] * (1 + len(unit.prefills))
+        if (
+            self._groups
+        ):  # each batch has a pass of its own; so has each group of prompts behind them, which nobody expects
+            following = [*own, *([] for _ in unit.prefills)][1:] + others[:1]
         else:
             following = [[name for names in others for name in names]]
         self._predicting.then(following)

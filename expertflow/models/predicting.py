@@ -229,14 +229,16 @@ class Predicting:
             if not (self._told < self._begun < len(self._following) and self.gate.open):
                 return
             p_LE: list[list[float]] | None = None
+            names, foreseen = self._following[self._begun], None
             with self._asking(hidden) as predictor:
                 if predictor is not None:
-                    foreseen = self._foresight.of(self._following[self._begun])
+                    foreseen = self._foresight.of(names)
                     p_LE = (
                         None if foreseen is None else self._of_cache(predictor.soon(foreseen).tolist(), 0.0)
                     )
-            if p_LE is not None:
-                self._told = self._begun
+            if p_LE is not None and foreseen is not None:
+                if len(foreseen.p_NLE) == len(names):  # else more of them may be known soon
+                    self._told = self._begun
                 self.cache.expect_next(p_LE)
 
     def profile(self, prompt_ids: Sequence[int], *, hidden: bool) -> Tensor | None:

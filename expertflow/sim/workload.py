@@ -253,7 +253,7 @@ def soon_of(
     """What is expected of a pass that comes after the one that begins, of other rows. Nothing is learnt from it."""
     if foretold.prediction == "oracle":
         return used_LE.float().tolist()
-    if foretold.p_TLE is None:
+    if foretold.p_TLE is None or foretold.prediction == "noise":
         return None
     return expected.peek(_any_row(foretold.p_TLE, rows)).tolist()
 

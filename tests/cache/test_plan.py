@@ -448,7 +448,7 @@ def pass_of(plan: CachePlan, upto: int, needed: int = 0) -> None:
 
 def test_the_next_pass_is_fetched_for_when_its_first_layers_are_near():
     plan = new_plan(8, "plec")
-    plan.begin_pass(Forecast([[0.0] * 4] * 3))
+    plan.begin_pass(Forecast([[0.1] * 4] * 3))
     pass_of(plan, 0)
     assert plan.expect_next([[0.2, 0.6, 0.9, 0.0], [0.0, 0.0, 0.0, 0.9], [0.0, 0.8, 0.0, 0.0]]) == []
     actions = plan.open_layer(1, at(1, 0)).actions  # layer 2, and then layer 0 of the next pass
@@ -460,6 +460,17 @@ def test_the_next_pass_is_fetched_for_when_its_first_layers_are_near():
     plan.release(ExpertId(1, 0))
     actions = plan.open_layer(2, at(2, 0)).actions
     assert loads(actions) == [*at(2, 0), *at(1, 3)], "and of its layer 1, when the last one is open"
+
+
+def test_layers_that_do_not_run_take_no_time():
+    """An encoder's, in the cache before its decoder's."""
+    plan = new_plan(8, "plec")
+    nothing = [0.0] * 4
+    assert loads(plan.begin_pass(Forecast([nothing, nothing, [0.9, 0.0, 0.0, 0.0]]))) == at(2, 0)
+    plan.load_finished(ExpertId(2, 0))
+    plan.open_layer(2, at(2, 0))
+    plan.release(ExpertId(2, 0))
+    assert loads(plan.expect_next([nothing, nothing, [0.0, 0.9, 0.0, 0.0]])) == at(2, 1)
 
 
 def test_what_is_fetched_for_this_pass_makes_no_room_for_the_next():

@@ -135,3 +135,13 @@ def test_its_own_thread_may_close_it() -> None:
     assert touch._thread is not None
     touch._thread.join(60)
     assert threads == [touch._thread]
+
+
+def test_without_a_thread_only_speed_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    touch = TouchAhead(aligned_buffer(PIECE_BYTES))
+    touch.reading_until(PIECE_BYTES)
+    touch.close()

@@ -209,11 +209,15 @@ class NextUse(Policy):
         return victim
 
     def next_prefetch(self, residents: Collection[ExpertId]) -> ExpertId | None:
-        num_layers = self.shape.num_layers
-        for position in range(self._layer + 1, self._layer + 1 + self.layers_ahead):
-            if position >= num_layers and self._next is None:
+        num_layers, looked = self.shape.num_layers, 0
+        for position in range(self._layer + 1, self._layer + 1 + num_layers):
+            if looked == self.layers_ahead or (position >= num_layers and self._next is None):
                 break
-            for expert in self._wishes_of(position % num_layers):
+            layer = position % num_layers
+            wishes = self._wishes_of(layer)
+            # An encoder does not run while its decoder decodes: nothing is expected there, and it takes no time.
+            looked += bool(wishes) or any(self._soonest_p(layer))
+            for expert in wishes:
                 if expert not in residents:
                     return expert
         return None
