@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.lots import Lots
 from expertflow.predictor.online_table import RINGS, OnlineTokenTable
-from expertflow.predictor.pace import Pace
 from expertflow.predictor.protocol import LayerPredictor, OnlinePredictor, PathContext, PathPredictor
 
 _CLAMP = 1e-3  # a source that is sure of itself may be wrong: its logit stays within 7
@@ -66,17 +67,26 @@ class Mixture:
         logit = torch.logit(p_NMLE.float(), eps=_CLAMP) * self.present_ML[:, :, None]
         return torch.cat([logit, torch.ones_like(logit[:, :1])], dim=1)
 
-    def mix(self, p_NMLE: Tensor, kind_N: Tensor, layer: int | None = None) -> Tensor:
-        """p_NLE of N tokens from M sources; with `layer`, L is that one layer alone."""
-        layers = slice(None) if layer is None else slice(layer, layer + 1)
-        logit = torch.logit(p_NMLE.float(), eps=_CLAMP) * self.present_ML[:, layers, None]
-        weight_NLM = self.weight_LCM[layers][:, kind_N].transpose(0, 1)
+    def mix(self, p_NMLE: Tensor, kind_N: Tensor) -> Tensor:
+        """p_NLE of N tokens from M sources."""
+        logit = torch.logit(p_NMLE.float(), eps=_CLAMP) * self.present_ML[:, :, None]
+        weight_NLM = self.weight_LCM[:, kind_N].transpose(0, 1)
         mixed = torch.einsum("nlm,nmle->nle", weight_NLM[..., :-1], logit) + weight_NLM[..., -1:]
         mixed = torch.sigmoid(mixed)
-        for index, best in enumerate(self._speaker_L[layers]):
+        for index, best in enumerate(self._speaker_L):
             if best:
                 mixed[:, index] = p_NMLE[:, best - 1, index].float()
         return mixed
+
+    def mix_layer(self, p_NME: Tensor, kind_N: Tensor, layer: int) -> Tensor:
+        """p_NE of one layer, as `mix` would have it: in numpy, since it is asked at each layer of each pass."""
+        if best := self._speaker_L[layer]:
+            return p_NME[:, best - 1]
+        p = p_NME.numpy().clip(_CLAMP, 1 - _CLAMP)
+        weight_NM = self.weight_LCM[layer].numpy()[kind_N.numpy()]
+        weight_NM1 = (weight_NM[:, :-1] * self.present_ML[:, layer].numpy())[..., None]
+        z = (weight_NM1 * np.log(p / (1 - p))).sum(1) + weight_NM[:, -1:]
+        return torch.from_numpy(1 / (1 + np.exp(-z)))
 
     def speaker_L(self) -> Tensor:
         """0 where the mixture speaks, else 1 + the source that has lately been better alone."""
@@ -146,6 +156,15 @@ class Opinions(NamedTuple):
         return Opinions(*(torch.cat(said) for said in zip(*parts, strict=True)))
 
 
+class _Lesson(NamedTuple):
+    """What a pass leaves to learn from: what was said of N positions, and what came of them."""
+
+    p_NMLE: Tensor
+    ahead_NLE: Tensor | None
+    kind_N: Tensor
+    routes_NLK: Tensor
+
+
 class Combination:
     """Path predictors, and one that looks a layer ahead, as one predictor that learns while serving.
 
@@ -175,7 +194,7 @@ class Combination:
         self._p_NMLE: Tensor | None = None
         self._kind_N = torch.zeros(0, dtype=torch.int64)
         self._ahead_NLE: Tensor | None = None
-        self._pace = Pace()
+        self._lots: Lots[_Lesson] = Lots()
         # Of what `consult` reads and `observe_pass` changes. Held for one source at a time: a pass waits for it.
         self._learning = threading.Lock()
 
@@ -240,8 +259,8 @@ class Combination:
             tokens, _, layers, experts = self._p_NMLE.shape
             self._ahead_NLE = torch.full((tokens, layers, experts), 0.5)
         self._ahead_NLE[:, after] = p_NE
-        p_NM1E = torch.cat([self._p_NMLE[:, :, after], p_NE[:, None]], dim=1)[:, :, None]
-        return self.during.mix(p_NM1E, self._kind_N, after)[:, 0]
+        p_NME = torch.cat([self._p_NMLE[:, :, after], p_NE[:, None]], dim=1)
+        return self.during.mix_layer(p_NME, self._kind_N, after)
 
     def forget(self) -> None:
         """The pass that was predicted last will not be observed."""
@@ -263,17 +282,27 @@ class Combination:
     ) -> None:
         real_N = _real(context)
         rows = int(real_N.sum())
-        if p_NMLE is not None and rows == len(p_NMLE) > 0 and self._pace.due(rows):
-            truth_NLE = multi_hot(routes_BSLK.flatten(0, 1)[real_N], self.num_experts)
-            with self._learning:
-                self.before.learn(p_NMLE, truth_NLE, kind_N)
-            if ahead_NLE is not None:
-                with_ahead = torch.cat([p_NMLE, ahead_NLE[:, None]], dim=1)
-                self.during.learn(with_ahead, truth_NLE, kind_N)
+        if p_NMLE is not None and rows == len(p_NMLE) > 0:
+            lesson = _Lesson(p_NMLE, ahead_NLE, kind_N, routes_BSLK.flatten(0, 1)[real_N])
+            if lot := self._lots.add(lesson, rows):
+                self._learn_weights(lot)
         for source in self.sources:
             if isinstance(source, OnlinePredictor):
                 with self._learning:
                     source.observe_pass(context, routes_BSLK)
+
+    def _learn_weights(self, lot: Sequence[_Lesson]) -> None:
+        truth_NLE = multi_hot(torch.cat([lesson.routes_NLK for lesson in lot]), self.num_experts)
+        p_NMLE, kind_N = (
+            torch.cat([lesson.p_NMLE for lesson in lot]),
+            torch.cat([lesson.kind_N for lesson in lot]),
+        )
+        with self._learning:
+            self.before.learn(p_NMLE, truth_NLE, kind_N)
+        ahead = [lesson.ahead_NLE for lesson in lot if lesson.ahead_NLE is not None]
+        if len(ahead) == len(lot):
+            with_ahead = torch.cat([p_NMLE, torch.cat(ahead)[:, None]], dim=1)
+            self.during.learn(with_ahead, truth_NLE, kind_N)
 
 
 def _real(context: PathContext) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expertflow.predictor.baselines import multi_hot
-from expertflow.predictor.pace import Pace
+from expertflow.predictor.lots import Lots
 
 _BAR_STEPS = 3  # sums within a tenth of a percent of top_k, at logits from 0.1 to 40 wide
 _BAR_STRIDE = 4.0  # a step from where the slope is flat would fly past
@@ -38,20 +38,18 @@ def inclusion_probability(logit_BE: Tensor, top_k: int) -> Tensor:
 def _inclusion(logit: np.ndarray, experts: int, top_k: int) -> np.ndarray:
     best = -np.partition(-logit, (top_k - 1, top_k), axis=-1)
     bar = (best[..., top_k - 1 : top_k] + best[..., top_k : top_k + 1]) / 2
+    # sigmoid(logit - bar) = u / (u + c): one exponential of each logit serves all steps.
+    u, c = np.exp((logit - bar).clip(-80, 80)), 1.0
     wanted = math.log(top_k / (experts - top_k))
     for _ in range(_BAR_STEPS):
-        p = _sigmoid(logit - bar)
+        p = u / (u + c)
         total = p.sum(-1, keepdims=True)
         slope = np.maximum(total - (p * p).sum(-1, keepdims=True), 1e-6)
         # Newton's step on the log odds of the mean: one step solves it where all are small (a softmax).
         rest = experts - total
         step = (np.log(total / rest) - wanted) * total * rest / (experts * slope)
-        bar = bar + np.clip(step, -_BAR_STRIDE, _BAR_STRIDE)
-    return _sigmoid(logit - bar)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.maximum(x, -80)))
+        c = c * np.exp(step.clip(-_BAR_STRIDE, _BAR_STRIDE))
+    return u / (u + c)
 
 
 class GateLookAhead:
@@ -70,7 +68,7 @@ class GateLookAhead:
         self.bias_LE = list(bias_LE) if bias_LE is not None else [None] * len(self.weight_LED)
         self.top_k = top_k
         self.sharpness = Sharpness(top_k, len(self.weight_LED))
-        self._pace = Pace()
+        self._lots: Lots[tuple[dict[int, Tensor], dict[int, Tensor]]] = Lots()
         self._said: dict[int, Tensor] = {}  # logit_BE by layer, of this pass
         self._came: dict[int, Tensor] = {}  # routes_BK of the layers that were said
 
@@ -96,16 +94,18 @@ class GateLookAhead:
         return self.sharpness.probability(after, logit_BE)
 
     def _learn(self) -> None:
-        """The pass is over: all layers of one width at once."""
+        """The pass is over: of a full lot, all layers of one width at once."""
         rows = max((len(logit_BE) for logit_BE in self._said.values()), default=0)
-        due = self._pace.due(rows)
-        for width in {logit_BE.shape for logit_BE in self._said.values()} if due else ():
-            layers = [layer for layer in self._came if self._said[layer].shape == width]
+        lot = self._lots.add((self._said, self._came), rows)
+        self._said, self._came = {}, {}
+        known = [layer for layer in lot[0][1] if all(layer in came for _, came in lot)] if lot else []
+        logit_BE = {layer: torch.cat([said[layer] for said, _ in lot]) for layer in known}
+        routes_BK = {layer: torch.cat([came[layer] for _, came in lot]) for layer in known}
+        for width in {logit_BE[layer].shape for layer in known}:
+            layers = [layer for layer in known if logit_BE[layer].shape == width]
             for some in (layers[i : i + _LAYERS_AT_ONCE] for i in range(0, len(layers), _LAYERS_AT_ONCE)):
-                logit_MBE = torch.stack([self._said[layer] for layer in some])
-                self.sharpness.learn(some, logit_MBE, torch.stack([self._came[layer] for layer in some]))
-        self._said.clear()
-        self._came.clear()
+                logit_MBE = torch.stack([logit_BE[layer] for layer in some])
+                self.sharpness.learn(some, logit_MBE, torch.stack([routes_BK[layer] for layer in some]))
 
 
 _LAYERS_AT_ONCE = 8  # more would save little time and take memory

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from expertflow.predictor.lots import Lots
 from expertflow.predictor.next_use import HORIZONS
 
 _KEEP = (0.998, 0.95, 0.6)  # by pass, of the running frequencies
 _START_PASSES = 3.0  # the uniform start of a frequency counts as this many passes
 _FORGET = 0.998  # by pass, of what the weights have learnt
+_LOT_PASSES = 4  # are learnt from at once
 _PRIOR = (
     8.0  # curvature of the prior of each weight: about that of 8 passes of 32 experts, a tenth of them used
 )
@@ -27,6 +32,8 @@ _CLAMP = 1e-3
 # What a use is worth for each pass that it comes later: a cache forgets within a few. The mean until the next use
 # would be ruled by those hardly ever used (docs/log.md).
 _DISCOUNT = 0.7
+_PASSES_C111 = torch.tensor([1.0, *HORIZONS])[:, None, None, None]
+_LOG_NONE = (math.log(1e-6), math.log1p(-1e-6))
 
 
 def worth_as_passes(absent_CLE: Tensor) -> Tensor:
@@ -41,6 +48,14 @@ def worth_as_passes(absent_CLE: Tensor) -> Tensor:
         before_LE, begin = absent_LE, horizon
     worth_LE += before_LE * _DISCOUNT ** (1.5 * begin)
     return worth_LE.log() / math.log(_DISCOUNT)
+
+
+class _Lesson(NamedTuple):
+    """What came of guesses."""
+
+    which: tuple[int, ...]  # regression, by C
+    x_CLEF: Tensor
+    came_CLE: Tensor
 
 
 class PassForecast:
@@ -67,6 +82,7 @@ class PassForecast:
         self.weight_CF = start_CF
         self._prior = torch.eye(features) * _PRIOR
         self._curvature_CFF = self._prior.repeat(1 + len(HORIZONS), 1, 1)
+        self._lots: Lots[_Lesson] = Lots(_LOT_PASSES, every=1)
         self._waiting: deque[Tensor] = deque(maxlen=1 + max(HORIZONS))  # x_CLEF of the last passes
         self._used: deque[Tensor] = deque(maxlen=1 + max(HORIZONS))
 
@@ -97,7 +113,9 @@ class PassForecast:
                 truth.append(torch.stack(list(self._used)[-max(1, horizon) :]).any(0))
                 which.append(c)
         if x:
-            self._learn(torch.tensor(which), torch.stack(x), torch.stack(truth).float())
+            lesson = _Lesson(tuple(which), torch.stack(x), torch.stack(truth).float())
+            for lot in _alike(self._lots.add(lesson, 1)):
+                self._learn(lot)
         for number, keep in enumerate(_KEEP):
             self._used_SLE[number] = self._used_SLE[number] * keep + used_LE
             self._passes_S[number] = self._passes_S[number] * keep + 1
@@ -110,14 +128,16 @@ class PassForecast:
     def _features(self, p_LE: Tensor | None, later_CLE: Tensor | None) -> Tensor:
         rate_SLE = (self._used_SLE / self._passes_S[:, None, None]).clamp(_CLAMP, 1 - _CLAMP)
         num_rates, layers, experts = rate_SLE.shape
-        x_CLEF = torch.zeros(1 + len(HORIZONS), layers, experts, num_rates + 4)
-        for c, horizon in enumerate((1, *HORIZONS)):
-            never_SLE = ((1 - rate_SLE) ** horizon).clamp(1e-6, 1 - 1e-6)
-            rates_LES = (torch.log1p(-never_SLE) - never_SLE.log()).permute(1, 2, 0)
-            # Against the mean: else, while all are used alike, they are what the constant is, and take wild weights.
-            mean_S = rates_LES.mean((0, 1))
-            x_CLEF[c, ..., :num_rates] = rates_LES - mean_S
-            x_CLEF[c, ..., -2] = mean_S.mean()
+        x_CLEF = torch.empty(1 + len(HORIZONS), layers, experts, num_rates + 4)
+        # The logit of any use within the horizon, from the logarithm of none.
+        none_CSLE = torch.log1p(-rate_SLE) * _PASSES_C111
+        none_CSLE.clamp_(*_LOG_NONE)
+        rates_CLES = ((-torch.expm1(none_CSLE)).log_() - none_CSLE).permute(0, 2, 3, 1)
+        # Against the mean: else, while all are used alike, they are what the constant is, and take wild weights.
+        mean_C11S = rates_CLES.mean((1, 2), keepdim=True)
+        x_CLEF[..., :num_rates] = rates_CLES - mean_C11S
+        x_CLEF[..., num_rates:-2] = 0
+        x_CLEF[..., -2] = mean_C11S.mean(-1)
         if p_LE is not None:
             x_CLEF[..., num_rates] = torch.logit(p_LE, eps=_CLAMP)
         if later_CLE is not None:
@@ -125,12 +145,14 @@ class PassForecast:
         x_CLEF[..., -1] = 1
         return x_CLEF
 
-    def _learn(self, which_C: Tensor, x_CLEF: Tensor, came_CLE: Tensor) -> None:
-        """One online Newton step of each regression in which_C."""
-        x_CNF, came_CN = x_CLEF.flatten(1, 2), came_CLE.flatten(1)
+    def _learn(self, lot: Sequence[_Lesson]) -> None:
+        """One online Newton step of each regression that these passes, alike in that, have decided."""
+        which_C = torch.tensor(lot[0].which)
+        x_CNF = torch.cat([lesson.x_CLEF for lesson in lot], dim=1).flatten(1, 2)
+        came_CN = torch.cat([lesson.came_CLE for lesson in lot], dim=1).flatten(1)
         weight_CF, curvature_CFF = self.weight_CF[which_C], self._curvature_CFF[which_C]
         p_CN = torch.sigmoid(torch.einsum("cf,cnf->cn", weight_CF, x_CNF))
-        curvature_CFF = (curvature_CFF - self._prior) * _FORGET + self._prior
+        curvature_CFF = (curvature_CFF - self._prior) * _FORGET ** len(lot) + self._prior
         scaled_CNF = x_CNF * (p_CN * (1 - p_CN))[..., None]
         curvature_CFF = curvature_CFF + scaled_CNF.transpose(1, 2) @ x_CNF
         gradient_CF = torch.einsum("cn,cnf->cf", p_CN - came_CN, x_CNF)
@@ -139,3 +161,13 @@ class PassForecast:
         longest_C1 = step_CF.abs().amax(1, keepdim=True).clamp(min=_LONGEST_STEP)
         self._curvature_CFF[which_C] = curvature_CFF
         self.weight_CF[which_C] = weight_CF - step_CF * (_LONGEST_STEP / longest_C1)
+
+
+def _alike(lessons: Sequence[_Lesson]) -> Iterator[list[_Lesson]]:
+    """In parts that decide the same regressions: a text that begins has not waited for the long ones yet."""
+    for _, alike in groupby(sorted(lessons, key=_which), key=_which):
+        yield list(alike)
+
+
+def _which(lesson: _Lesson) -> tuple[int, ...]:
+    return lesson.which

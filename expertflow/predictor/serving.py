@@ -261,4 +261,6 @@ def _real_rows(context: PathContext) -> Tensor:
 
 def _any_row(p_NXE: Tensor) -> Tensor:
     """The probability that at least one of N rows needs it."""
+    if len(p_NXE) == 1:
+        return p_NXE[0]
     return 1 - (1 - p_NXE).prod(0)

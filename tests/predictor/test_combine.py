@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from expertflow.predictor import combine, replay
 from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.combine import Combination, Mixture, untrained
+from expertflow.predictor.lots import Lots
 from expertflow.predictor.metrics import guesses_at_equal_budget
 from expertflow.predictor.online_table import OnlineTokenTable
-from expertflow.predictor.pace import Pace
 from expertflow.predictor.protocol import LayerPredictor, OnlinePredictor, PathContext, PathPredictor
 from tests.predictor import synthetic
 from tests.predictor.synthetic import EXPERTS, LAYERS, TOP_K
@@ -261,15 +261,53 @@ def test_more_rows_than_the_limit_are_thinned_out(monkeypatch):
     torch.testing.assert_close(thinned.weight_LCM, whole.weight_LCM)
 
 
-def test_weights_are_learnt_from_every_pass_until_they_settle_and_then_from_one_in_a_few() -> None:
-    pace = Pace(settled_rows=10, every=4)
-    assert [pace.due(3) for _ in range(12)] == [True] * 4 + [False, False, False, True] * 2
+@pytest.mark.parametrize("speaker", [0, 2])
+def test_one_layer_is_mixed_as_all_of_them_are(speaker: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    present_ML = torch.tensor([[True, True, True], [False, True, True]])
+    mixture = Mixture(present_ML, num_kinds=4)
+    mixture.weight_LCM = torch.randn(mixture.weight_LCM.shape, generator=generator)
+    mixture._speaker_L = [0, 0, speaker]
+    p_NMLE, kind_N = torch.rand(5, 2, 3, 7, generator=generator), torch.tensor([0, 3, 1, 1, 2])
+    p_NMLE[0, :, :, 0], p_NMLE[0, :, :, 1] = 0.0, 1.0
+    whole_NLE = mixture.mix(p_NMLE, kind_N)
+    for layer in range(3):
+        p_NE = mixture.mix_layer(p_NMLE[:, :, layer], kind_N, layer)
+        torch.testing.assert_close(p_NE, whole_NLE[:, layer])
+
+
+def test_weights_are_learnt_from_every_lot_until_they_settle_and_then_from_one_in_a_few() -> None:
+    lots: Lots[int] = Lots(lot_rows=5, settled_rows=12, every=3)
+    taken = {number: lot for number in range(18) if (lot := lots.add(number, 3))}
+    assert taken == {1: [0, 1], 3: [2, 3], 5: [4, 5], 11: [10, 11], 17: [16, 17]}
+    lots = Lots(lot_rows=5, settled_rows=12, every=3)
+    assert [lots.add(number, 6) for number in range(6)] == [[0], [1], [2], [], [], [5]]
+
+
+def test_a_lot_of_passes_teaches_what_one_pass_of_as_many_rows_does() -> None:
+    alone, together = (untrained(LAYERS, EXPERTS, TOP_K) for _ in range(2))
+    alone._lots = Lots(lot_rows=8)
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(0, 50, (8, 1), generator=generator)
+    routes_BSLK = torch.randint(0, EXPERTS, (8, 1, LAYERS, TOP_K), generator=generator)
+    for row in range(8):
+        assert torch.equal(alone.before.weight_LCM, alone.before._start_LCM)
+        context = PathContext(target_BT=ids_BT[row : row + 1])
+        alone.adopt(alone.consult(context))
+        # What the table learns meanwhile is not what is compared here.
+        alone.observe_pass(context, routes_BSLK[row : row + 1])
+        alone.sources = untrained(LAYERS, EXPERTS, TOP_K).sources
+    context = PathContext(target_BT=ids_BT)
+    together.predict(context)
+    together.observe_pass(context, routes_BSLK)
+    assert not torch.equal(together.before.weight_LCM, together.before._start_LCM)
+    torch.testing.assert_close(alone.before.weight_LCM, together.before.weight_LCM)
 
 
 def test_what_was_seen_is_noted_after_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mixture rests in most passes, and the table must not: the next tokens may be those of this pass."""
     combination = untrained(2, 8, 2)
-    combination._pace = Pace(settled_rows=0, every=3)
+    combination._lots = Lots(lot_rows=1, settled_rows=0, every=3)
     learnt: list[int] = []
     monkeypatch.setattr(combination.before, "learn", lambda *args: learnt.append(number))
     (table,) = combination.sources
