@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -173,10 +173,13 @@ class ExpertCache:
             self._record("expect_next", p_LE)
             self._execute(self.plan.expect_next(p_LE))
 
-    def open_layer(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, Weights], None, None]:
+    def open_layer(
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> Generator[tuple[int, Weights], None, None]:
         """Yield (expert, its weights by role) for each of `experts`, ready ones first.
 
-        experts: distinct ids; more than there are slots run in waves. The weights are valid until the
+        experts: distinct ids; more than there are slots run in waves. meanwhile: called once by this thread, when
+        what is missing has been asked for and before any of it is waited for. The weights are valid until the
         next item is asked for, and not after. Raises the store's error when a read fails; the next call
         tries again. The layer is open, and other threads wait, until the iterator ends or is closed.
         """
@@ -200,6 +203,8 @@ class ExpertCache:
                     pending = dict.fromkeys(sorted(pending, key=self.table.is_ready, reverse=True))
                 self._open(layer, needed)
                 all_ready = self.plan.content and all(map(self.table.is_ready, needed))
+            if meanwhile is not None:
+                meanwhile()
             if all_ready:
                 # Nothing to wait for and nobody waits for a slot: one step of the books for the whole layer
                 # (16 of them cost more than the arithmetic of a small layer). `_leave` releases the pins.

@@ -6,9 +6,9 @@ layout from the module's flags, never from model names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -185,25 +185,17 @@ def _weighted_sum(out_KD: Tensor, weight_1K: Tensor) -> Tensor:
 def _arriving(attachment: Attachment, hidden_TD: Tensor, experts: list[int]) -> Iterator[tuple[int, Weights]]:
     """The open layer's experts as they become ready; the next layer's are predicted meanwhile."""
     assert attachment.cache is not None
-    arriving = attachment.cache.open_layer(attachment.layer, experts)
-    if attachment.look_ahead is None and attachment.predicting is None:
-        return arriving
-    return _looking_ahead(attachment, hidden_TD, arriving)
+    asks = attachment.look_ahead is not None or attachment.predicting is not None
+    meanwhile = partial(_look_ahead, attachment, hidden_TD) if asks else None
+    return attachment.cache.open_layer(attachment.layer, experts, meanwhile)
 
 
-def _looking_ahead(
-    attachment: Attachment, hidden_TD: Tensor, arriving: Generator[tuple[int, Weights], None, None]
-) -> Iterator[tuple[int, Weights]]:
-    # Whoever keeps an error keeps this frame: without closing, the layer would stay open as long.
-    with closing(arriving):
-        first = next(arriving)  # after this layer's demands went out, before anything is computed
-        if attachment.predicting is not None:
-            attachment.predicting.look_ahead(attachment.layer, hidden_TD)
-        if attachment.look_ahead is not None and (predicted := attachment.look_ahead.predict(hidden_TD)):
-            assert attachment.cache is not None
-            attachment.cache.prefetch(predicted)
-        yield first
-        yield from arriving
+def _look_ahead(attachment: Attachment, hidden_TD: Tensor) -> None:
+    if attachment.predicting is not None:
+        attachment.predicting.look_ahead(attachment.layer, hidden_TD)
+    if attachment.look_ahead is not None and (predicted := attachment.look_ahead.predict(hidden_TD)):
+        assert attachment.cache is not None
+        attachment.cache.prefetch(predicted)
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:

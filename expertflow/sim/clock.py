@@ -191,13 +191,12 @@ class Simulation:
         self.outcome.hits += len(wanted.intersection(opened.ready))
         self.outcome.in_flight += len(wanted.intersection(opened.in_flight))
         self._execute(opened.actions)
+        if ahead_E is not None:  # before anything is waited for, as run_experts asks
+            self._compute(self.costs.ahead_s)
+            self._record("refine", layer + 1, ahead_E)
+            self._execute(self.plan.refine(layer + 1, ahead_E))
         while self._pending:
             self._wait_for_one()
-            if ahead_E is not None:  # when the first is there, as run_experts asks
-                self._compute(self.costs.ahead_s)
-                self._record("refine", layer + 1, ahead_E)
-                self._execute(self.plan.refine(layer + 1, ahead_E))
-                ahead_E = None
             expert = self._ready.popleft()
             self._pending.remove(expert)
             if expert in wanted:

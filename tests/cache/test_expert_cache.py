@@ -60,6 +60,34 @@ def test_ready_experts_come_first_while_the_others_are_on_their_way(new_cache):
     assert_no_pins(cache)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_whoever_has_something_to_do_meanwhile_does_it_before_the_first_wait(new_cache, overlap):
+    """No byte arrives before it is done, so a layer that waited first would wait for ever."""
+    cache = new_cache(4, overlap=overlap)
+    gate = turnstile_of(cache)
+    under_way = []
+
+    def meanwhile():
+        under_way.append(cache.observe().loading)
+        gate.open()
+
+    assert sorted(expert for expert, _ in cache.open_layer(0, [1, 2], meanwhile)) == [1, 2]
+    assert under_way == [set(at(0, 1, 2))]
+    assert [expert for expert, _ in cache.open_layer(0, [2, 1], meanwhile)] == [2, 1]
+    assert under_way == [set(at(0, 1, 2)), set()]
+    assert_no_pins(cache)
+
+
+def test_a_layer_whose_meanwhile_fails_is_closed(new_cache):
+    cache = new_cache(4)
+    consume(cache, 0, [4])
+    layer = cache.open_layer(0, [4, 1], lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        next(layer)
+    assert_no_pins(cache)
+    consume(cache, 0, [4, 1])
+
+
 def test_without_overlap_everything_is_read_before_anything_is_computed(new_cache):
     cache = new_cache(4, overlap=False)
     consume(cache, 0, [4])

@@ -21,7 +21,9 @@ from expertflow.models.experts import Attachment, Products, expertflow_experts, 
 class ScalingExperts:
     """Expert e multiplies by e + 1; hands experts out in reverse, as late arrivals would come."""
 
-    def open_layer(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, dict]]:
+    def open_layer(
+        self, layer: int, experts: Sequence[int], meanwhile: None = None
+    ) -> Iterator[tuple[int, dict]]:
         for expert in reversed(experts):
             yield expert, {"scale": (torch.tensor(expert + 1.0),)}
 
@@ -158,7 +160,9 @@ class ResidentExperts(ScalingExperts):
     def __init__(self, weights: list[dict]):
         self.weights, self.ways = weights, Counter[str]()
 
-    def open_layer(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, dict]]:
+    def open_layer(
+        self, layer: int, experts: Sequence[int], meanwhile: None = None
+    ) -> Iterator[tuple[int, dict]]:
         self.ways["long"] += 1
         yield from ((expert, self.weights[expert]) for expert in reversed(experts))
 

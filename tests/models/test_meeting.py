@@ -163,9 +163,9 @@ class CountingExperts(ScalingExperts):
     def __init__(self) -> None:
         self.opened: list[tuple[int, list[int]]] = []
 
-    def open_layer(self, layer: int, experts: Any) -> Any:
+    def open_layer(self, layer: int, experts: Any, meanwhile: Any = None) -> Any:
         self.opened.append((layer, sorted(experts)))
-        return super().open_layer(layer, experts)
+        return super().open_layer(layer, experts, meanwhile)
 
 
 def test_experts_are_opened_once_for_all_passes() -> None:

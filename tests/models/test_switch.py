@@ -29,7 +29,7 @@ class AllInMemory:
         self.module = module
         self.asked: set[int] = set()
 
-    def open_layer(self, layer, experts):
+    def open_layer(self, layer, experts, meanwhile=None):
         self.asked |= set(experts)
         for expert in reversed(experts):
             parameters = self.module[f"expert_{expert}"].named_parameters()

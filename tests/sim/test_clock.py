@@ -103,16 +103,16 @@ def test_a_prefetch_that_makes_way_is_entered_once():
     assert simulation.outcome.seconds == 10.5 + 1.5 + 5.5 + 1.5
 
 
-def test_look_ahead_speaks_when_the_first_expert_is_there():
-    """Nobody foretells the pass; of layer 1, look-ahead says 2 at 5 s (4 s of loading, 1 s of looking). So expert 2
-    crosses from 5 to 9, while expert 0 computes until 7."""
+def test_look_ahead_speaks_while_the_first_expert_is_waited_for():
+    """Nobody foretells the pass; of layer 1, look-ahead says 2 at 1 s, which it takes to look. So expert 2 crosses from
+    4 to 8, behind expert 0, which computes from 4 to 6; and looking has cost no time."""
     costs = Costs(expert_s=2.0, dense_s=0.0, chunk_s=1.0, chunks=4, ahead_s=1.0)
     ahead = [None, [0.0, 0.0, 1.0, 0.0]]
     nothing = Forecast([[0.0] * 4] * 2, [[30.0] * 4] * 2)
     simulation = Simulation(POLICIES["plec"](MoEShape((4, 4)), 6), costs, record_events=True)
     outcome = simulation.run([Pass([[0], [2]], nothing, ahead)])
-    assert outcome.seconds == 9 + 2
-    assert (outcome.in_flight, outcome.compute_seconds) == (1, 2 * 2 + 1)
+    assert outcome.seconds == 8 + 2
+    assert (outcome.in_flight, outcome.compute_seconds, outcome.stall_seconds) == (1, 2 * 2 + 1, 3 + 2)
     assert simulation.events is not None
     assert [event[1:] for event in simulation.events if event[0] == "refine"] == [(1, ahead[1])]
     unasked = simulate("plec", MoEShape((4, 4)), 6, [Pass([[0], [2]], nothing)], costs)
