@@ -159,7 +159,8 @@ def invoke(*arguments: str):
     return CliRunner().invoke(app, ["simulate", *arguments])
 
 
-def test_the_command_prints_a_table_and_writes_json(tmp_path):
+def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # where somebody says how wide a pipe is, it is that wide
     out = tmp_path / "found.json"
     done = invoke(
         str(CHAT), "--batch", "4", "--steps", "12", "--warm", "0", "--cache-size", "4,8", "--json", str(out)
