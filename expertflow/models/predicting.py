@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ class _Pass:
     p_LE: Tensor | None = None  # predicted for all their rows, as far as is known
     routes_L: list[Tensor] | None = None
 
-    @property
+    @cached_property
     def asked_N(self) -> Tensor:
         """Among all new positions of the calls: the real ones of those that are asked about."""
         masks = [
@@ -100,6 +100,11 @@ class _Pass:
             if (mask := one.context.new_mask_BS) is not None
         ]
         return torch.cat(masks)
+
+    @cached_property
+    def all_asked(self) -> bool:
+        """As in nearly every decode step: then nobody need pick rows at each layer."""
+        return bool(self.asked_N.all())
 
 
 class Predicting:
@@ -175,10 +180,10 @@ class Predicting:
         refined_E: list[float] | None = None
         with self._asking() as predictor:
             if predictor is not None:
-                asked_N = running.asked_N
-                p_E = predictor.ahead(
-                    number, hidden_TD.detach().cpu()[asked_N], running.routes_L[-1][asked_N]
-                )
+                hidden_ND, routes_NK = hidden_TD.detach().cpu(), running.routes_L[-1]
+                if not running.all_asked:
+                    hidden_ND, routes_NK = hidden_ND[running.asked_N], routes_NK[running.asked_N]
+                p_E = predictor.ahead(number, hidden_ND, routes_NK)
                 if p_E is not None:
                     running.p_LE[number + 1, : len(p_E)] = p_E
                     refined_E = p_E[: self._experts_L[number + 1]].tolist()

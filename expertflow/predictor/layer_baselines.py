@@ -124,14 +124,16 @@ class Sharpness:
 
     def __init__(self, top_k: int, layers: int):
         self.top_k = top_k
-        self.relative_L = [self.START] * layers
         self._spread_L = torch.zeros(layers)
+        self._factor_L: list[float | None] = [None] * layers  # on the logits, once there is one
         self._loss_LC = torch.zeros(layers, len(self.CANDIDATES))
         self._seen_L = torch.zeros(layers)
 
     def probability(self, layer: int, logit_BE: Tensor) -> Tensor:
-        spread = float(self._spread_L[layer]) or float(logit_BE.std(-1).mean())
-        return inclusion_probability(logit_BE * (self.relative_L[layer] / max(spread, 1e-6)), self.top_k)
+        factor = self._factor_L[layer]
+        if factor is None:
+            factor = self.START / max(float(logit_BE.std(-1).mean()), 1e-6)
+        return inclusion_probability(logit_BE * factor, self.top_k)
 
     def learn(self, layers: list[int], logit_MBE: Tensor, routes_MBK: Tensor) -> None:
         """routes_MBK: what the routers of these M layers chose where logit_MBE had been said of it."""
@@ -153,8 +155,8 @@ class Sharpness:
         loss_MC = self._loss_LC[layers]
         loss_MC = loss_MC + share_M[:, None] * (loss_CMBE.mean((2, 3)).T - loss_MC)
         self._seen_L[layers], self._spread_L[layers], self._loss_LC[layers] = seen_M, spread_M, loss_MC
-        for layer, best in zip(layers, loss_MC.argmin(1).tolist(), strict=True):
-            self.relative_L[layer] = self.CANDIDATES[best]
+        for layer, best, spread in zip(layers, loss_MC.argmin(1).tolist(), spread_M.tolist(), strict=True):
+            self._factor_L[layer] = self.CANDIDATES[best] / max(spread, 1e-6)
 
 
 class PreGate(nn.Module):
