@@ -1,13 +1,16 @@
 """Tokens per second of many prompts: one by one, and together by continuous batching, in the same memory.
 
-    python -m benchmarks.throughput                          # the embedded model, 256 prompts
+    python -m benchmarks.throughput --batch 64               # the embedded model, 256 prompts
+    python -m benchmarks.throughput --qwen-shape --batch 64  # 9.4 GB of random weights in 3 GiB (half an hour)
     python -m benchmarks.throughput --model DIR --memory 3GiB --prompts 32 --max-tokens 16
     python -m benchmarks.throughput --link 50MB/s            # experts in RAM behind a link of that bandwidth
     python -m benchmarks.throughput --quick
 
 `one by one` answers as many of the prompts as fit into the same seconds, one after the other. `split` runs the two
 batches of a unit one after the other, `joint` side by side, so that an expert is loaded once for both. Every system
-runs alone in a fresh process; the text is real, or random token ids for a model without a tokenizer.
+runs alone in a fresh process, and the text is real. The batches come first: the same seconds are then given to one
+by one. `--qwen-shape` reads it by the embedded model's tokenizer; its routes are those of random weights, which use few
+experts and so are kind to one by one.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,8 @@ from rich.table import Table
 
 from benchmarks.common import console, report, run_worker
 from benchmarks.on_the_clock import TEXTS, TINY
+from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.shapes import QwenShape
 from expertflow.disturbance import Watch
 
 MODULE = "benchmarks.throughput"
@@ -37,6 +43,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=TINY)
+    parser.add_argument(
+        "--qwen-shape", action="store_true", help="the 8-layer Qwen1.5-MoE shape instead, in 3GiB"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("out"), help="where that checkpoint is written (kept)"
+    )
     parser.add_argument(
         "--memory", default=None, help="for each; default: what the batches need with 8 experts per layer"
     )
@@ -59,6 +71,8 @@ def main() -> None:
         return
     if options.quick:
         options.prompts, options.batch = min(options.prompts, 24), min(options.batch, 4)
+    if options.qwen_shape:
+        options.model, options.memory = _qwen_shape(options.folder), options.memory or "3GiB"
     memory = options.memory or _memory_for_batches(options)
     runs: dict[str, dict[str, Any]] = {}
     for system in sorted(
@@ -160,14 +174,19 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def prompts_for(llm: Any, count: int) -> list[list[int]]:
-    """Real conversations, cut; token ids drawn at random where the model has no tokenizer of its own."""
-    vocabulary = llm.model.get_input_embeddings().weight.shape[0]
-    if (llm.folder / "tokenizer.json").exists():
-        with lzma.open(TEXTS, "rt", encoding="utf-8") as lines:
-            texts = [json.loads(line)["prompt"] for _, line in zip(range(count), lines, strict=False)]
-        return [list(llm.tokenizer(text).input_ids)[:PROMPT_TOKENS] for text in texts]
-    drawn = torch.randint(vocabulary, (count, 16), generator=torch.Generator().manual_seed(0))
-    return drawn.tolist()
+    """Real conversations, cut."""
+    with lzma.open(TEXTS, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["prompt"] for _, line in zip(range(count), lines, strict=False)]
+    return [list(llm.tokenizer(text).input_ids)[:PROMPT_TOKENS] for text in texts]
+
+
+def _qwen_shape(folder: Path) -> Path:
+    """The checkpoint of benchmarks.decode_under_budget, with a tokenizer beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = write_checkpoint(folder / "qwen-shape-8", QwenShape(layers=8))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, checkpoint / name)
+    return checkpoint
 
 
 def _memory_for_batches(options: argparse.Namespace) -> str:

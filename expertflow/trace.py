@@ -32,6 +32,7 @@ SPLITS = ("train", "test")
 _MAGIC = b"EFTRACE\n"
 _HEADER = struct.Struct("<8sIII")
 _FRAME = struct.Struct("<III")
+_MOST_RECORD_BYTES = 1 << 30  # unfolded: a file from elsewhere may promise more than there is memory
 _PAYLOAD = struct.Struct("<QIIIIBBH")  # prompt, run, prefill, S, T, split, has weights, bytes of task
 # A killed process loses nothing (each record is handed to the kernel); a power cut loses this much.
 _SECONDS_BETWEEN_SYNCS = 5.0
@@ -307,10 +308,15 @@ def _records(file: Any, path: Path) -> Iterator[tuple[int, bytes, int]]:
                 stacklevel=3,
             )
             return
+        unfolding = zlib.decompressobj()
         try:
-            raw = zlib.decompress(payload)
+            raw = unfolding.decompress(payload, _MOST_RECORD_BYTES)
         except zlib.error as error:
             raise _damaged(where, str(error)) from None
+        if not unfolding.eof:
+            raise _damaged(
+                where, f"it does not end within the {_MOST_RECORD_BYTES} bytes that a record may have"
+            )
         yield number, raw, file.tell()
         number += 1
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertflow import trace
 from expertflow.trace import FILE_NAME, Trace, TracedSequence, TraceMeta, TraceWriter, read_trace
 
 META = TraceMeta("0123456789abcdef", "tiny", (8, 8, 6), 1, 2, 100, "alpaca", {"temperature": 1.0})
@@ -280,6 +281,20 @@ def test_right_checksums_do_not_excuse_wrong_contents(tmp_path: Path) -> None:
     forge(path, bytes(raw))
     with pytest.raises(ValueError, match=r"record 3 of .*source token 0 is routed to \[9.*8 experts"):
         read_trace(tmp_path)
+
+
+def test_a_record_unfolds_to_so_many_bytes_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a file of a megabyte could ask for a gigabyte."""
+    sequences, path, bounds = three(tmp_path)
+    forge(path, bytes(1 << 20))
+    most = 1 << 16
+    monkeypatch.setattr(trace, "_MOST_RECORD_BYTES", most)
+    with pytest.raises(ValueError, match=f"record 3 of .* does not end within the {most} bytes"):
+        read_trace(tmp_path)
+    path.write_bytes(path.read_bytes()[: bounds[-1]])
+    assert len(read_trace(tmp_path)) == len(sequences)
 
 
 def test_other_files_and_versions_are_named(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 def load(name: str, folder: Path, limits: Limits) -> Loaded:
     """The model in `limits.memory`; where that is None, and as "resident", with room for every expert."""
-    from expertflow.read_ahead import read_early
+    from expertflow.commands.session import importing_for
 
-    read_early(folder)  # as `expertflow run` does, before the libraries are imported
-    from expertflow.models.attach import ExpertFlowConfig
+    with importing_for(folder):  # as `expertflow run` does
+        from expertflow.models.attach import ExpertFlowConfig
+
+        auto = auto_class(folder)
 
     everything = name == "resident" or limits.memory is None
     flags = {
@@ -31,7 +33,7 @@ def load(name: str, folder: Path, limits: Limits) -> Loaded:
         **{"context": limits.context, "batch": limits.batch},
         **FLAGS[name],
     }
-    model = auto_class(folder).from_pretrained(folder, quantization_config=ExpertFlowConfig(**flags))
+    model = auto.from_pretrained(folder, quantization_config=ExpertFlowConfig(**flags))
     return Loaded(model, Ran(f"expertflow ({name})", versions("transformers"), flags))
 
 

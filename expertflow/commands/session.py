@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -28,13 +29,31 @@ _PIPE_WIDTH = 200
 
 def load(model: str, revision: str | None, settings: dict[str, Any]) -> LLM:
     Settings(**settings)  # wrong values are reported before seconds of imports
-    quiet_unless_terminal()
-    from expertflow.read_ahead import read_early
-
-    read_early(Path(model).expanduser())  # before the imports: they take as long as reading
-    from expertflow.engine.llm import LLM
+    with importing_for(Path(model).expanduser()):
+        quiet_unless_terminal()
+        from expertflow.engine.llm import LLM
 
     return LLM(model, revision=revision, **settings)
+
+
+@contextlib.contextmanager
+def importing_for(model: Path) -> Iterator[None]:
+    """Around the imports of a process that will load this model: they take as long as reading its dense weights.
+
+    Nobody looks for garbage meanwhile: imports make a million objects that stay, and going through them again and
+    again takes a sixth of the time. Nor later, among these.
+    """
+    from expertflow.read_ahead import read_early
+
+    read_early(model)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def quiet_unless_terminal() -> None:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from expertflow import read_ahead
+from expertflow.commands.session import importing_for
+
+
+@pytest.fixture(autouse=True)
+def collecting():
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+@pytest.mark.parametrize("was_collecting", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_nobody_collects_garbage_during_imports_and_afterwards_it_is_as_before(
+    was_collecting: bool, fails: bool, tmp_path: Path
+) -> None:
+    if not was_collecting:
+        gc.disable()
+    frozen = gc.get_freeze_count()
+    try:
+        with importing_for(tmp_path):
+            assert not gc.isenabled()
+            kept = [[] for _ in range(100)]
+            if fails:
+                raise ImportError("no torch")
+    except ImportError:
+        pass
+    assert gc.isenabled() == was_collecting
+    assert gc.get_freeze_count() >= frozen + len(kept)
+
+
+def test_reading_begins_before_the_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(read_ahead, "read_early", asked.append)
+    with importing_for(tmp_path):
+        assert asked == [tmp_path]
