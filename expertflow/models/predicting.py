@@ -20,9 +20,8 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,9 @@ from expertflow.cache.gate import PayoffGate
 from expertflow.cache.policies.base import FARTHEST, Forecast
 from expertflow.models.foresight import Foresight, Name, Question, Upcoming
 from expertflow.models.meeting import END, meet
-from expertflow.models.rows import MAX_ROWS, Followed, Rows, Sources, joined
+from expertflow.models.prediction_stats import PredictionStats
+from expertflow.models.rows import MAX_ROWS, Rows, Sources, joined
+from expertflow.models.running_pass import Call, RunningPass, ids_of, mask_of, packs_sequences
 from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.combine import Later, at_once
 from expertflow.predictor.serving import Expected, PassPredictor
@@ -42,69 +43,6 @@ logger = logging.getLogger(__name__)
 _PROFILE_TOKENS = 64  # the last ones of a prompt say what its answer will be like
 _PREDICTED = 0.5  # a probability from which an expert counts as predicted
 MakePredictor = Callable[[int], PassPredictor]  # for models that route each token to so many experts
-
-
-@dataclass
-class PredictionStats:
-    """Since the start or the last reset. Experts are counted once for a layer of a pass, however many rows."""
-
-    name: str  # the setting
-    passes: int = 0  # that had a forecast
-    foreseen: int = 0  # passes among them whose rows had been asked about before
-    predict_seconds: float = 0.0  # asking, looking ahead and learning, while no pass could run
-    hidden_seconds: float = 0.0  # asking and learning in a thread of its own
-    needed: int = 0
-    predicted: int = 0  # by what was known when the layer began
-    right: int = 0  # predicted and needed
-    failed: str | None = None  # why the predictor is not asked any more
-    gate: str = ""  # whether prefetching pays, and why it is on or off
-
-    @property
-    def recall(self) -> float:
-        return self.right / self.needed if self.needed else 0.0
-
-    @property
-    def precision(self) -> float:
-        return self.right / self.predicted if self.predicted else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "recall": self.recall, "precision": self.precision}
-
-
-class _Call(NamedTuple):
-    """What the decoder was called with."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass
-class _Pass:
-    """The decoder while it runs: one call of it, or several that run together."""
-
-    calls: list[_Call]
-    followed: list[Followed]
-    asked: list[bool]  # which calls the predictor is asked about: those that decode, or a prompt alone
-    whole: Followed  # those that are asked about, as one
-    thread: int
-    started: float
-    p_LE: Tensor | None = None  # predicted for all their rows, as far as is known
-    routes_L: list[Tensor] | None = None
-
-    @cached_property
-    def asked_N(self) -> Tensor:
-        """Among all new positions of the calls: the real ones of those that are asked about."""
-        masks = [
-            mask.flatten() & asked
-            for one, asked in zip(self.followed, self.asked, strict=True)
-            if (mask := one.context.new_mask_BS) is not None
-        ]
-        return torch.cat(masks)
-
-    @cached_property
-    def all_asked(self) -> bool:
-        """As in nearly every decode step: then nobody need pick rows at each layer."""
-        return bool(self.asked_N.all())
 
 
 class Predicting:
@@ -135,7 +73,7 @@ class Predicting:
         self._told = -1  # of which of them the cache has heard what follows
         self._turns = threading.Lock()  # of the two, so that nobody speaks of a pass that has begun meanwhile
         self.learn_later: Later | None = None  # who learns while the next pass runs; None: it waits
-        self._pass: _Pass | None = None
+        self._pass: RunningPass | None = None
         self._stats = PredictionStats(name)
         self._newest_p_LE: Tensor | None = None
 
@@ -244,7 +182,12 @@ class Predicting:
             if p_LE is not None and foreseen is not None:
                 if len(foreseen.p_NLE) == len(names):  # else more of them may be known soon
                     self._told = self._begun
-                self.cache.expect_next(p_LE)
+                try:
+                    self.cache.expect_next(p_LE)
+                except RuntimeError:
+                    if self.cache.usable:
+                        raise
+                    # Closed or broken meanwhile: whoever opens a layer is told why.
 
     def profile(self, prompt_ids: Sequence[int], *, hidden: bool) -> Tensor | None:
         """p_LE: how often a text that begins so is expected to need each expert; None where nothing is said.
@@ -256,7 +199,7 @@ class Predicting:
                 return predictor.profile(torch.tensor(prompt_ids[-_PROFILE_TOKENS:]))
         return None
 
-    def _running(self) -> _Pass | None:
+    def _running(self) -> RunningPass | None:
         """The pass of this thread. Threads that share a model run their passes at once; one of them is followed."""
         running = self._pass
         return running if running is not None and running.thread == threading.get_ident() else None
@@ -265,17 +208,17 @@ class Predicting:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         with self._asking():
-            ids_BS, states = _ids_of(args, kwargs), getattr(output, "last_hidden_state", None)
+            ids_BS, states = ids_of(args, kwargs), getattr(output, "last_hidden_state", None)
             if ids_BS is not None and isinstance(states, Tensor):
-                self._sources.read(ids_BS, _mask_of(kwargs, ids_BS), states)
+                self._sources.read(ids_BS, mask_of(kwargs, ids_BS), states)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        meet(self.source_layers - 0.5, self._begin_all, _Call(args, kwargs))
+        meet(self.source_layers - 0.5, self._begin_all, Call(args, kwargs))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         meet(END, self._end_all, getattr(output, "past_key_values", None))
 
-    def _begin_all(self, calls: list[_Call]) -> list[None]:
+    def _begin_all(self, calls: list[Call]) -> list[None]:
         nothing = [None] * len(calls)
         if self._pass is not None:  # it ended in an error
             self._pass = None
@@ -315,7 +258,7 @@ class Predicting:
                 self.gate.passed(self._clock() - running.started, len(running.whole.context.target_BT))
         return [None] * len(caches)
 
-    def _learn(self, running: _Pass, predictor: PassPredictor | None, caches: list[Any]) -> None:
+    def _learn(self, running: RunningPass, predictor: PassPredictor | None, caches: list[Any]) -> None:
         if predictor is None and self._stats.failed is not None:
             return  # in another thread, while the pass ran
         routes_L = running.routes_L
@@ -366,19 +309,19 @@ class Predicting:
 
         later(hidden)
 
-    def _follow(self, calls: list[_Call], started: float) -> _Pass | None:
+    def _follow(self, calls: list[Call], started: float) -> RunningPass | None:
         """What is known of the sequences of these calls. None where one of them is not to be followed: embeddings in
         place of tokens, several sequences in one row (continuous batching of transformers), too many rows."""
-        ids = [_ids_of(call.args, call.kwargs) for call in calls]
+        ids = [ids_of(call.args, call.kwargs) for call in calls]
         known = [ids_BS for ids_BS in ids if ids_BS is not None and ids_BS.numel()]
-        odd = any(_packs_sequences(call.kwargs) for call in calls)
+        odd = any(packs_sequences(call.kwargs) for call in calls)
         if odd or len(known) < len(calls) or sum(map(len, known)) > MAX_ROWS:
             self._rows.forget()
             return None
         followed = [
             self._rows.begin(
                 ids_BS,
-                _mask_of(call.kwargs, ids_BS),
+                mask_of(call.kwargs, ids_BS),
                 call.kwargs.get("past_key_values"),
                 self._source_of(call.kwargs),
             )
@@ -388,7 +331,7 @@ class Predicting:
         if not any(asked):
             asked[0] = True  # of several prompts the first
         whole = joined([one for one, is_asked in zip(followed, asked, strict=True) if is_asked])
-        return _Pass(calls, followed, asked, whole, threading.get_ident(), started)
+        return RunningPass(calls, followed, asked, whole, threading.get_ident(), started)
 
     def _source_of(self, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         states = kwargs.get("encoder_hidden_states")
@@ -441,26 +384,3 @@ class Predicting:
                 self._stats.predict_seconds += ended - began
             if (timeline := self.cache.timeline) is not None:
                 timeline.add("predict", self.name, began, ended, hidden=hidden)
-
-
-def _packs_sequences(kwargs: dict[str, Any]) -> bool:
-    cache = kwargs.get("past_key_values")
-    return kwargs.get("cu_seq_lens_q") is not None or (
-        cache is not None and not hasattr(cache, "get_seq_length")
-    )
-
-
-def _ids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Token ids of a pass, [B, S] on the CPU; None where it got embeddings."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-        return None
-    return ids.detach().to("cpu", torch.int64, copy=True)
-
-
-def _mask_of(kwargs: dict[str, Any], ids_BS: Tensor) -> Tensor:
-    """True where the new positions are no padding."""
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < ids_BS.shape[1]:
-        return torch.ones_like(ids_BS, dtype=torch.bool)  # as in capture.py
-    return mask[:, mask.shape[1] - ids_BS.shape[1] :].detach().to("cpu", torch.bool, copy=True)

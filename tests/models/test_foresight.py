@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from expertflow.core import MoEShape
 from expertflow.models.foresight import Foresight, Name, Question
+from expertflow.models.predicting import Predicting
 from expertflow.models.rows import Followed
 from expertflow.predictor.combine import Opinions
 from expertflow.predictor.protocol import PathContext
@@ -54,3 +59,27 @@ def test_what_was_said_is_found_by_names_as_far_as_anything_was() -> None:
 def test_nothing_is_found_unless_it_is_known_of_all_rows() -> None:
     assert asked().find(rows(1, 6)) is None
     assert Foresight().find(rows(1)) is None
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_cache_that_is_closed_meanwhile_need_not_know_what_comes_next(usable: bool) -> None:
+    """The thread that runs the passes is told of it; the one that looks ahead has nothing to add."""
+
+    def expect_next(p_LE: list[list[float]]) -> None:
+        raise RuntimeError("the expert cache is closed")
+
+    cache: Any = SimpleNamespace(
+        shape=MoEShape((3, 3)),
+        expect_next=expect_next,
+        usable=usable,
+        timeline=None,
+        begin_pass=lambda said: None,
+    )
+    predicting = Predicting(cache, "fake", lambda top_k: None)  # type: ignore[arg-type, return-value]
+    predicting._foresight = asked()
+    predicting._predictor = SimpleNamespace(soon=lambda foreseen: foreseen.p_NLE[0])  # type: ignore[assignment]
+    predicting.then([[Name(2, 0)]])
+    predicting._begun = 0
+    with nullcontext() if not usable else pytest.raises(RuntimeError, match="is closed"):
+        predicting._tell_of_next(hidden=True)
+    assert predicting.stats.failed is None
