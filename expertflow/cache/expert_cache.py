@@ -86,6 +86,7 @@ class ExpertCache:
         self._timeline: Timeline | None = None
         self._short_way = not self._queues  # its lines are for products that wait for nothing
         self._loader = Loader(self.memory, self._condition, self._load_finished)
+        self._loader.forked = self._forked
 
     @property
     def num_slots(self) -> int:
@@ -329,6 +330,11 @@ class ExpertCache:
             self._broken = error
             self._condition.notify_all()
             raise
+
+    def _forked(self) -> None:
+        """In a child process, where only the thread that forked lives on."""
+        if any(thread != threading.get_ident() for thread in self._line.values()):
+            self._broken = RuntimeError("the process was forked while another of its threads was in a layer")
 
     def _verify_usable(self, even_if_closed: bool = False) -> None:
         if self._broken is not None:

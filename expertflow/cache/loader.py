@@ -8,11 +8,14 @@ business; on an accelerator a load is finished when its copies are queued.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -137,8 +140,17 @@ class Loader:
         # No third load is ever begun: urgent ones are done one by one, and prefetches wait for all of them.
         buffers = 2 if memory.packs else 0
         self._staging = [memory.device.allocate(memory.store.slot_bytes) for _ in range(buffers)]
-        self._thread = threading.Thread(target=self._run, name="expertflow-loader", daemon=True)
-        self._thread.start()
+        self.forked: Callable[[], None] | None = (
+            None  # asked in a child process before anything else happens there
+        )
+        self._thread: threading.Thread | None = None
+        self._start()
+        _living.add(self)
+
+    def _start(self) -> None:
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(target=self._run, name="expertflow-loader", daemon=True)
+            self._thread.start()
 
     @property
     def staging_bytes(self) -> int:
@@ -154,6 +166,7 @@ class Loader:
         assert chunks, f"{expert} has no bytes to load"
         self.memory.device.give_away(slot)
         queue[expert] = _Job(expert, slot, chunks)
+        self._start()
         self.condition.notify_all()
 
     def promote(self, expert: ExpertId) -> None:
@@ -161,6 +174,7 @@ class Loader:
         job = self._prefetch.pop(expert, None)
         if job is not None:
             self._urgent[expert] = job
+            self._start()
 
     def cancel(self, expert: ExpertId) -> bool:
         """Drop a prefetch of which no byte was asked for yet; True when dropped."""
@@ -179,11 +193,30 @@ class Loader:
         with self.condition:
             self._closed = True
             self.condition.notify_all()
-            while not self._ended and self._thread is not threading.current_thread():
+            thread = self._thread
+            while thread not in (None, threading.current_thread()) and not self._ended:
                 self.condition.wait()
-        if self._thread is not threading.current_thread():
-            self._thread.join()  # it needs the lock no more
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()  # it needs the lock no more
         self.memory.close()
+
+    def begin_anew(self) -> None:
+        """In a process that was forked: the thread did not come along, nor what it was about to read.
+
+        A new one begins with the next load, since most children never need one.
+        """
+        if self.forked is not None:
+            self.forked()
+        if self._ended:
+            return
+        for job in (*self._urgent.values(), *self._prefetch.values()):
+            job.next_chunk = job.nbytes = 0
+            if job.staging is not None:
+                self._staging.append(job.staging)
+                job.staging = None
+        self._thread = None
+        if self._urgent:
+            self._start()
 
     def _run(self) -> None:
         try:
@@ -240,3 +273,33 @@ class Loader:
                         self._staging.append(job.staging)
                     self._finished(job.expert, job.nbytes, job.read_seconds, error)
                     self.condition.notify_all()
+
+
+# A fork copies memory and locks as they are, and of the threads only the one that forks: so no lock is to be held by
+# another at that moment, and in the child each loader gets a thread of its own.
+_living: weakref.WeakSet[Loader] = weakref.WeakSet()
+_held: list[Loader] = []
+
+
+def _before_fork() -> None:
+    for loader in list(_living):
+        loader.condition.acquire()
+        _held.append(loader)
+
+
+def _after_fork(in_child: bool) -> None:
+    while _held:
+        loader = _held.pop()
+        try:
+            if in_child:
+                loader.begin_anew()
+        finally:
+            loader.condition.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=partial(_after_fork, in_child=False),
+        after_in_child=partial(_after_fork, in_child=True),
+    )
