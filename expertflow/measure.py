@@ -214,7 +214,11 @@ class _ReadyExperts:
     def close_ready(self) -> None:
         pass
 
-    def open_layer(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Weights]]:
+    def open_layer(
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, Weights]]:
+        if meanwhile is not None:
+            meanwhile()
         for expert in experts:
             if self._eviction:
                 self._eviction()

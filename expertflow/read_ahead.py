@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import re
 import threading
@@ -59,14 +60,18 @@ def _dense_places(path: Path) -> list[tuple[int, int]]:
     """(offset, length) of each tensor that is no expert by its name and no stack of them by its shape."""
     try:
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if length > 100 << 20:
                 return []
             header = json.loads(file.read(length))
-        return [
-            (8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
-            for key, entry in header.items()
-            if key != "__metadata__" and len(entry["shape"]) < 3 and not _EXPERT.search(key)
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        places = []
+        for key, entry in header.items():
+            if key != "__metadata__" and len(entry["shape"]) < 3 and not _EXPERT.search(key):
+                begin, end = map(operator.index, entry["data_offsets"])
+                if not 0 <= begin <= end <= size - 8 - length:
+                    return []
+                places.append((8 + length + begin, end - begin))
+        return places
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return []

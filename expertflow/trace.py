@@ -54,6 +54,12 @@ class TraceMeta:
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts_per_layer", tuple(self.experts_per_layer))
         layers = self.experts_per_layer
+        for names, kind in (("fingerprint model dataset", str), ("source_layers top_k vocab_size", int)):
+            for name in names.split():
+                if type(value := getattr(self, name)) is not kind:
+                    raise TypeError(f"{name}={value!r} must be {kind.__name__}")
+        if any(type(experts) is not int for experts in layers):
+            raise TypeError(f"experts_per_layer={layers} must be whole numbers")
         if not layers or min(layers) < 1 or max(layers) > 65534 or self.top_k < 1 or self.vocab_size < 1:
             raise ValueError(
                 f"experts_per_layer={layers}, top_k={self.top_k}, vocab_size={self.vocab_size}: a trace "
@@ -150,8 +156,14 @@ def read_trace(folder: str | Path, weights: bool = True) -> Trace:
         )
     with path.open("rb") as file:
         meta = _read_header(file, path)
-        records = _records(file, path)
-        return Trace(meta, tuple(_decode(meta, raw, _where(path, n), weights) for n, raw, _ in records))
+        read: dict[tuple[int, int], TracedSequence] = {}
+        for number, raw, _ in _records(file, path):
+            where = _where(path, number)
+            sequence = _decode(meta, raw, where, weights)
+            if (sequence.prompt, sequence.run) in read:
+                raise _damaged(where, f"run {sequence.run} of prompt {sequence.prompt} is there already")
+            read[sequence.prompt, sequence.run] = sequence
+        return Trace(meta, tuple(read.values()))
 
 
 class TraceWriter:
@@ -277,7 +289,7 @@ def _read_header(file: Any, path: Path) -> TraceMeta:
         raise ValueError(f"the header of {path} is damaged; restore the file, or record it again")
     try:
         return TraceMeta(**json.loads(text))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the header of {path} makes no sense ({error}); record it again") from None
 
 

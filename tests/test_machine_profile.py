@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from expertflow import machine_profile, measure
@@ -114,3 +116,24 @@ def test_what_users_get_wrong(arguments: list[str], message: str) -> None:
     done = invoke(*arguments)
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_products_go_on_within_the_block_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_WORKING_SET_BYTES", 1 << 24)
+    multiplied = threading.Event()
+    monkeypatch.setattr(torch, "mv", lambda *_: multiplied.set())
+    with measure._products_meanwhile():
+        assert multiplied.wait(60)
+    assert "expertflow-measure" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_ctrl_c_while_the_products_begin_is_no_other_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that was never started cannot be joined."""
+    monkeypatch.setattr(measure, "_WORKING_SET_BYTES", 1 << 24)
+
+    def interrupted(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), measure._products_meanwhile():
+        pytest.fail("it never began")

@@ -15,7 +15,11 @@ from expertflow import read_ahead
 from expertflow.read_ahead import read_early
 from expertflow.store.checkpoint import open_checkpoint
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no read-ahead hints here")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no read-ahead hints here"),
+    # Nobody waits for the thread: what fails in it would be seen by users only.
+    pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 DENSE = ("model.embed_tokens.weight", "model.layers.0.mlp.shared_experts.up_proj.weight", "lm_head.weight")
 EXPERTS = (
     "model.layers.0.mlp.experts.0.up_proj.weight",
@@ -43,6 +47,10 @@ def read_and_wait(folder: Path) -> None:
     assert not thread.is_alive()
 
 
+def header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
 def write_index(folder: Path) -> None:
     places = {
         key: path.name
@@ -54,7 +62,8 @@ def write_index(folder: Path) -> None:
 
 def test_dense_weights_are_asked_for_where_they_lie_and_experts_are_not(tmp_path, asked):
     save_file({key: torch.ones(4, 8) for key in (*DENSE[:2], *EXPERTS)}, tmp_path / "model-1.safetensors")
-    save_file({DENSE[2]: torch.ones(16), "stack": torch.ones(2, 3, 4)}, tmp_path / "model-2.safetensors")
+    last = {DENSE[2]: torch.ones(16), "stack": torch.ones(2, 3, 4)}
+    save_file(last, tmp_path / "model-2.safetensors", metadata={"format": "pt"})
     write_index(tmp_path)
     spans = open_checkpoint(tmp_path).spans
     read_and_wait(tmp_path)
@@ -81,7 +90,18 @@ def test_it_stops_at_its_limit(tmp_path, asked, monkeypatch):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff" * 20, (2).to_bytes(8, "little") + b"[]", (13).to_bytes(8, "little") + b'{"a":{"b":1}}'],
+    [
+        b"",
+        b"\xff" * 20,
+        header("[]"),
+        header('{"a":{"b":1}}'),
+        header("[" * 200_000),
+        header('{"a":{"shape":[4],"data_offsets":[18446744073709551616,18446744073709551620]}}'),
+        header('{"a":{"shape":[4],"data_offsets":[0.0,1.5]}}'),
+        header('{"a":{"shape":[4],"data_offsets":[NaN,NaN]}}'),
+        header('{"a":{"shape":[4],"data_offsets":[4,0]}}') + bytes(8),
+        header('{"a":{"shape":[4],"data_offsets":[0,9]}}') + bytes(8),
+    ],
 )
 def test_a_damaged_file_is_somebody_elses_complaint(tmp_path, asked, content):
     (tmp_path / "model.safetensors").write_bytes(content)

@@ -197,8 +197,9 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
 
 def test_an_interrupted_append_leaves_no_half_record(tmp_path: Path) -> None:
     """Ctrl-C between two pieces of a record, and then the run goes on: the next record must follow a whole one."""
-    first, second = random_sequence(META, 0), random_sequence(META, 1, prompt=1)
+    before, first, second = (random_sequence(META, prompt, prompt=prompt) for prompt in range(3))
     writer = TraceWriter(tmp_path, META)
+    writer.append(before)
 
     class Interrupted:
         def __init__(self, file: Any):
@@ -219,9 +220,10 @@ def test_an_interrupted_append_leaves_no_half_record(tmp_path: Path) -> None:
         writer.append(first)
     writer._file = file
     writer.append(second)
+    with pytest.raises(ValueError, match="already has prompt 2"):
+        writer.append(second)
     writer.close()
-    (kept,) = read_trace(tmp_path)
-    assert same(second, kept)
+    assert all(same(a, b) for a, b in zip((before, second), read_trace(tmp_path), strict=True))
 
 
 @pytest.mark.parametrize("change", [{"task": "x" * 2**16}, {"run": 2**32}, {"prompt": -1}, {"prompt": 2**64}])
@@ -243,7 +245,10 @@ def test_what_no_record_can_hold_is_refused(tmp_path: Path, change: dict) -> Non
         ({"source_weights_SLK": None}, "weights for source or target only"),
         ({"num_prefill": 8}, "num_prefill=8 of 7"),
         ({"split": "dev"}, "split='dev'"),
+        ({"target_ids_T": np.full(7, -1, np.int32)}, "vocabulary of 100"),
+        ({"num_prefill": -1}, "num_prefill=-1 of 7"),
         ({"target_weights_TLK": np.full((7, 2, 2), np.nan, np.float32)}, "finite"),
+        ({"target_weights_TLK": np.full((7, 2, 2), -1, np.float32)}, "non-negative"),
     ],
 )
 def test_a_sequence_that_does_not_fit_is_refused(tmp_path: Path, change: dict, message: str) -> None:
@@ -283,6 +288,13 @@ def test_right_checksums_do_not_excuse_wrong_contents(tmp_path: Path) -> None:
         read_trace(tmp_path)
 
 
+def test_the_same_run_of_a_prompt_twice_is_damage(tmp_path: Path) -> None:
+    _, path, bounds = three(tmp_path)
+    forge(path, zlib.decompress(path.read_bytes()[bounds[0] + 12 : bounds[1]]))
+    with pytest.raises(ValueError, match=r"record 3 of .* run \d of prompt 0 is there already"):
+        read_trace(tmp_path)
+
+
 def test_a_record_unfolds_to_so_many_bytes_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +307,30 @@ def test_a_record_unfolds_to_so_many_bytes_and_no_more(
         read_trace(tmp_path)
     path.write_bytes(path.read_bytes()[: bounds[-1]])
     assert len(read_trace(tmp_path)) == len(sequences)
+
+
+@pytest.mark.parametrize("change", ["split", "weights", "longer"])
+def test_fields_that_no_record_has_are_damage(tmp_path: Path, change: str) -> None:
+    _, path, bounds = three(tmp_path)
+    raw = bytearray(zlib.decompress(path.read_bytes()[bounds[0] + 12 : bounds[1]]))
+    if change == "longer":
+        raw += b"\0"
+    else:
+        raw[24 if change == "split" else 25] = 2
+    forge(path, bytes(raw))
+    with pytest.raises(ValueError, match=r"record 3 of .*bytes where its lengths"):
+        read_trace(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"null", b'{"top_k": 2}', b'{"experts_per_layer": 8}', b"{", b"[" * 99_999, b"\xff"]
+)
+def test_a_header_that_is_whole_and_makes_no_sense(tmp_path: Path, text: bytes) -> None:
+    path = write(tmp_path, [])
+    head = path.read_bytes()[:12]
+    path.write_bytes(head + struct.pack("<II", len(text), zlib.crc32(text)) + text)
+    with pytest.raises(ValueError, match="makes no sense"):
+        read_trace(tmp_path)
 
 
 def test_other_files_and_versions_are_named(tmp_path: Path) -> None:
@@ -328,8 +364,20 @@ def test_splits_and_tasks(tmp_path: Path) -> None:
 def test_meta_data_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one layer"):
         replace(META, experts_per_layer=())
-    with pytest.raises(ValueError, match="source_layers=4"):
-        replace(META, source_layers=4)
+    for wrong in (
+        {"experts_per_layer": (8, 0)},
+        {"experts_per_layer": (65535,)},
+        {"top_k": 0},
+        {"vocab_size": 0},
+    ):
+        with pytest.raises(ValueError, match="at least one layer"):
+            replace(META, **wrong)  # type: ignore[arg-type]
+    for name, value in {"experts_per_layer": (8.5,), "fingerprint": None, "top_k": True, "model": 3}.items():
+        with pytest.raises(TypeError, match=f"{name}=.*must be"):
+            replace(META, **{name: value})  # type: ignore[arg-type]
+    for layers in (4, -1):
+        with pytest.raises(ValueError, match=f"source_layers={layers}"):
+            replace(META, source_layers=layers)
     with pytest.raises(ValueError, match="do not survive JSON"):
         TraceWriter(tmp_path, replace(META, settings={"top_p": (1, 2)}))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -106,7 +107,7 @@ class LiveFeed:
     def __init__(self, driver: EngineDriver, most_viewers: int):
         self._driver = driver
         self._most = most_viewers
-        self._viewers = 0
+        self._viewers: set[object] = set()
         self._newest: bytes | None = None
         self._next = asyncio.Event()  # of the event after the newest
         self._task: asyncio.Task[None] | None = None
@@ -117,15 +118,20 @@ class LiveFeed:
 
         Raises APIError when there are too many viewers.
         """
-        if self._viewers >= self._most:
+        if len(self._viewers) >= self._most:
             raise APIError(
                 429,
-                f"{self._viewers} viewers watch already, and that is the limit; close one, or start the server with a "
-                f"larger --viewers",
+                f"{len(self._viewers)} viewers watch already, and that is the limit; close one, or start the server "
+                f"with a larger --viewers",
                 code="too_many_viewers",
                 headers={"Retry-After": "10"},
             )
-        return self._events()
+        viewer = object()
+        self._viewers.add(viewer)
+        events = self._events(viewer)
+        # One whose connection ends before the first event is read never gets to its own end.
+        weakref.finalize(events, self._viewers.discard, viewer)
+        return events
 
     def close(self) -> None:
         """End the streams of all viewers."""
@@ -133,8 +139,7 @@ class LiveFeed:
         self._stop_observing()
         self._next.set()
 
-    async def _events(self) -> AsyncIterator[bytes]:
-        self._viewers += 1
+    async def _events(self, viewer: object) -> AsyncIterator[bytes]:
         try:
             if self._task is None and not self._closed:
                 self._task = asyncio.create_task(self._observe())
@@ -144,7 +149,7 @@ class LiveFeed:
                     yield self._newest
                 await following.wait()
         finally:
-            self._viewers -= 1
+            self._viewers.discard(viewer)
             if not self._viewers:
                 self._stop_observing()
 

@@ -83,3 +83,43 @@ def test_a_cache_that_is_closed_meanwhile_need_not_know_what_comes_next(usable: 
     with nullcontext() if not usable else pytest.raises(RuntimeError, match="is closed"):
         predicting._tell_of_next(hidden=True)
     assert predicting.stats.failed is None
+
+
+def test_what_was_said_of_another_newest_token_is_not_found() -> None:
+    """The row is recognised by what the cache holds, in which the newest token is not yet."""
+    context = PathContext(target_BT=torch.tensor([[9]]))
+    assert asked().find(Followed(context, None, torch.tensor([[2.0]]))) is None
+
+
+def test_of_padding_and_of_prompts_nothing_is_found() -> None:
+    ids_BT, marks_BF = torch.tensor([[1, 2], [4, 5]]), torch.tensor([[2.0], [5.0]])
+    mask_BT = torch.tensor([[True, True], [True, False]])
+    foresight = asked()
+    assert foresight.find(Followed(PathContext(target_BT=ids_BT, num_new=1), None, marks_BF)) is not None
+    assert foresight.find(Followed(PathContext(target_BT=ids_BT, num_new=2), None, marks_BF)) is None
+    assert (
+        foresight.find(Followed(PathContext(target_BT=ids_BT, target_mask_BT=mask_BT), None, marks_BF))
+        is None
+    )
+
+
+def test_rows_go_on_from_where_they_were_one_token_ago() -> None:
+    """Else their predictor begins anew."""
+    origins = []
+
+    class Listens(SaysItsTokens):
+        def foresee(self, context: PathContext, origin_B: Tensor | None, lane: Any) -> Foreseen:
+            origins.append(None if origin_B is None else origin_B.tolist())
+            return super().foresee(context, origin_B, lane)
+
+    foresight = Foresight()
+    for lane, *names in (
+        ("one", ("a", 4), ("b", 7)),
+        ("one", ("b", 8), ("a", 5)),
+        ("two", ("a", 6), ("b", 9)),
+        ("one", ("a", 6), ("b", 10)),
+        ("one", ("a", 7)),
+    ):
+        question = Question(lane, [Name(*name) for name in names], rows(*range(len(names))))
+        foresight.ask(Listens(), question)  # type: ignore[arg-type]
+    assert origins == [None, [1, 0], None, None, [0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from expertflow.core import MoEShape
 from expertflow.models.attach import ExpertFlowConfig
 from expertflow.models.capture import count_source_layers
 from expertflow.models.fingerprint import fingerprint
+from expertflow.models.foresight import Name, Question, Upcoming
+from expertflow.models.predicting import Predicting
 from expertflow.predictor.combine import Later, Opinions, at_once
 from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
 from expertflow.predictor.serving import Expected, Foreseen
 from expertflow.predictor.sizes import PredictorSizes
 from expertflow.predictor.storage import save_predictor
 from tests.families import FAMILIES, write_checkpoint
+from tests.models.test_foresight import SaysItsTokens, rows
 
 PROMPTS = [[40, 41, 42, 43, 44, 45, 46, 47, 48], [60, 61, 62], [99]]
 NEW = 6
+LONG = 60.0  # for what takes milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +184,11 @@ def test_a_predictor_that_fails_says_so_once_and_is_not_asked_again(
         answers(model, "qwen2_moe")
     assert len(failing.begun) == begun == 2, "the prompt, and the step in which it failed"
     assert [record.message for record in caplog.records if "no number" in record.message][1:] == []
+    predicting.reset_stats()
+    answers(model, "qwen2_moe")
+    assert len(failing.begun) == begun
     assert predicting.stats.failed == "ArithmeticError: no number"
+    assert predicting.newest_forecast_LE is None
 
 
 def test_it_follows_rows_and_tells_what_came_true(folders: dict[str, Path]) -> None:
@@ -271,9 +281,189 @@ def test_a_closed_gate_stops_prefetching_and_asking(folders: dict[str, Path]) ->
     predicting = listen_to(model, heard)
     answers(model, "qwen2_moe")
     begun, prefetches = len(heard.begun), model.expertflow.cache.stats.prefetches
+    upcoming = Upcoming([Name("a", 0)], torch.tensor([[7]]), None)
+    assert predicting.newest_forecast_LE is not None
+    assert predicting.question("lane", [upcoming]) is not None
     predicting.gate.on = False
+    assert predicting.newest_forecast_LE is None
+    assert predicting.question("lane", [upcoming]) is None
     counted = predicting.gate._passes
     answers(model, "qwen2_moe")
     assert len(heard.begun) == begun
     assert model.expertflow.cache.stats.prefetches == prefetches
     assert predicting.gate._passes == counted + NEW - 1
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "switch"])
+def test_look_ahead_is_asked_of_real_tokens_and_heard_of_the_next_layer(
+    folders: dict[str, Path], name: str
+) -> None:
+    model = load(folders[name], name, predictor="online")
+    heard: Any = Noise(model)
+    predicting = listen_to(model, heard)
+    ahead, said, tokens = heard.ahead, [], set()
+
+    def noted(layer: int, hidden_ND: Tensor, routes_NK: Tensor) -> Tensor | None:
+        p_E = ahead(layer, hidden_ND, routes_NK)
+        tokens.add(len(hidden_ND))
+        if p_E is not None:
+            said.append((predicting.source_layers + layer + 1, p_E.tolist()))
+        return p_E
+
+    heard.ahead = noted
+    cache, told = model.expertflow.cache, []
+    refine = cache.refine
+    cache.refine = lambda *news: (told.append(news), refine(*news))
+    for _ in range(2):  # the first pass of all makes the predictor
+        answers(model, name)
+    assert told == said
+    assert len(said) >= (heard.layers - 1) * (2 * NEW - 1)
+    prompt = len(PROMPTS) if name == "switch" else sum(map(len, PROMPTS))
+    assert tokens == {prompt, len(PROMPTS)}
+
+
+def test_recall_and_precision_are_of_experts_by_layer_and_pass(folders: dict[str, Path]) -> None:
+    model = load(folders["qwen2_moe"], "qwen2_moe", predictor="online")
+    heard: Any = Noise(model)
+    predicting = listen_to(model, heard)
+    guess_LE = torch.zeros(heard.layers, heard.experts)
+    guess_LE[:, :2] = 0.5
+    guess_LE[:, 2:] = 0.49
+    heard.begin = lambda *_: Expected(guess_LE, guess_LE * 0)
+    heard.ahead = lambda *_: None
+    answers(model, "qwen2_moe")
+    used = [set(routes.flatten().tolist()) for passed in heard.ended[1:] for routes in passed[:, 0].unbind(1)]
+    stats = predicting.stats
+    assert stats.passes == NEW - 1
+    assert stats.needed == sum(map(len, used))
+    assert stats.predicted == 2 * heard.layers * stats.passes
+    assert stats.right == sum(len(experts & {0, 1}) for experts in used)
+    assert (stats.recall, stats.precision) == (stats.right / stats.needed, stats.right / stats.predicted)
+
+
+class Hearing:
+    """A cache that writes down what it is told: None for a pass that begins, else of whom the next one is."""
+
+    timeline = None
+    shape = MoEShape((3, 3))
+
+    def __init__(self) -> None:
+        self.heard: list[float | None] = []
+
+    def begin_pass(self, forecast: Any) -> None:
+        self.heard.append(None)
+
+    def expect_next(self, p_LE: list[list[float]]) -> None:
+        self.heard.append(round(p_LE[0][0], 4))
+
+    def news(self) -> list[float | None]:
+        news, self.heard = self.heard, []
+        return news
+
+
+class Adds(SaysItsTokens):
+    """Of a pass to come: a hundredth of the sum of its rows' tokens."""
+
+    def soon(self, foreseen: Foreseen) -> Tensor:
+        return foreseen.p_NLE.sum(0)
+
+
+def hearing(predictor: Any) -> tuple[Hearing, Any]:
+    cache = Hearing()
+    predicting: Any = Predicting(cache, "adds", lambda top_k: predictor)  # type: ignore[arg-type]
+    predicting._predictor = predictor
+    return cache, predicting
+
+
+def question(*tokens: int) -> Question:
+    """About sequences that are named by their tokens."""
+    return Question(tokens, [Name(token, 0) for token in tokens], rows(*tokens))
+
+
+def test_of_the_next_pass_is_said_what_is_known_and_more_when_more_is_known() -> None:
+    cache, predicting = hearing(Adds())
+    predicting.then([question(1, 2, 3).names, question(4).names])
+    predicting.foresee(question(1, 2), hidden=False)
+    assert cache.news() == [], "no pass has begun"
+    predicting._begin(None, (), {})
+    assert cache.news() == [None, 0.03]
+    predicting.foresee(question(3), hidden=True)
+    assert cache.news() == [0.06]
+    predicting.foresee(question(4), hidden=True)
+    assert cache.news() == [], "all has been said of the pass after this one"
+    predicting._begin(None, (), {})
+    assert cache.news() == [None, 0.04]
+    predicting._begin(None, (), {})
+    predicting.foresee(question(5), hidden=True)
+    assert cache.news() == [None], "nobody knows who comes next"
+    predicting.then([question(6).names])
+    predicting._begin(None, (), {})
+    assert cache.news() == [None], "nothing was said of them"
+    predicting.then([question(5).names])
+    predicting._begin(None, (), {})
+    assert cache.news() == [None, 0.05]
+
+
+def test_a_closed_gate_says_nothing_of_the_next_pass() -> None:
+    cache, predicting = hearing(Adds())
+    predicting.gate.on = False
+    predicting.then([question(1).names])
+    predicting.foresee(question(1), hidden=False)
+    predicting._begin(None, (), {})
+    assert cache.news() == [None]
+
+
+def test_who_fails_at_the_next_pass_is_not_asked_again_and_the_pass_goes_on() -> None:
+    asked: list[Any] = []
+
+    class Fails(Adds):
+        def soon(self, foreseen: Foreseen) -> Tensor:
+            asked.append(foreseen)
+            raise ArithmeticError("no number")
+
+    cache, predicting = hearing(Fails())
+    predicting.foresee(question(1), hidden=False)
+    for _ in range(2):
+        predicting.then([question(1).names])
+        predicting._begin(None, (), {})
+    assert len(asked) == 1
+    assert predicting.stats.failed == "ArithmeticError: no number"
+    assert predicting.foresee(question(1), hidden=False) is None
+    assert cache.news() == [None]
+
+
+def test_nobody_speaks_of_a_pass_that_has_begun_meanwhile() -> None:
+    """Another thread knows what follows this pass; before it has said so the next one is about to begin."""
+    speaking, waiting = threading.Event(), threading.Event()
+
+    class Slow(Adds):
+        def soon(self, foreseen: Foreseen) -> Tensor:
+            speaking.set()
+            assert waiting.wait(LONG), "the next pass has begun"
+            return super().soon(foreseen)
+
+    class Turns:
+        """Tells that somebody waits for it."""
+
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if not self.lock.acquire(blocking=False):
+                waiting.set()
+                assert self.lock.acquire(timeout=LONG)
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+
+    cache, predicting = hearing(Slow())
+    predicting._turns = Turns()
+    predicting.then([question(1).names])
+    predicting._begin(None, (), {})
+    assert cache.news() == [None]
+    thread = threading.Thread(target=lambda: predicting.foresee(question(1), hidden=True))
+    thread.start()
+    assert speaking.wait(LONG)
+    predicting._begin(None, (), {})
+    thread.join(LONG)
+    assert cache.news() == [0.01, None]

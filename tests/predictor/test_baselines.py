@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from expertflow.predictor import replay
 from expertflow.predictor.baselines import SLP, TLP, Oracle, Popularity, TokenTable, multi_hot
-from expertflow.predictor.layer_baselines import GateLookAhead, PreGate, inclusion_probability
+from expertflow.predictor.layer_baselines import GateLookAhead, PreGate, Sharpness, inclusion_probability
 from expertflow.predictor.online_table import AGEING, PRIOR, OnlineTokenTable, RouteMemory
 from expertflow.predictor.protocol import (
     UNKNOWN,
@@ -259,6 +259,46 @@ def test_look_ahead_learns_how_much_its_logits_say(width):
         for factor in torch.logspace(-4, 4, 200)
     )
     assert entropy(last, truth) < 1.05 * best
+
+
+def test_look_ahead_learns_of_all_layers_at_once_as_of_each_alone():
+    """Layers of two widths, more of each than are learnt in one go."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(EXPERTS if n % 2 else 12, 16, generator=generator) for n in range(24)]
+    hidden = torch.randn(24, 8, 16, generator=generator)
+    routes = torch.rand(24, 8, EXPERTS, generator=generator).topk(TOP_K).indices
+    ahead, alone = GateLookAhead(weights, TOP_K), Sharpness(TOP_K, 24)
+    for layer in range(24):
+        ahead.observe(layer, hidden[layer], routes[layer])
+    for layer in range(1, 24):
+        logit_BE = hidden[layer - 1] @ weights[layer].T
+        alone.learn([layer], logit_BE[None], routes[layer][None])
+    torch.testing.assert_close(ahead.sharpness._loss_LC, alone._loss_LC)
+    assert ahead.sharpness._factor_L[0] is None
+    assert ahead.sharpness._factor_L[1:] == pytest.approx(alone._factor_L[1:])
+
+
+def test_look_ahead_learns_of_layers_that_were_said_in_every_pass_of_a_lot():
+    generator = torch.Generator().manual_seed(0)
+    ahead = GateLookAhead([torch.randn(EXPERTS, 16, generator=generator) for _ in range(3)], TOP_K)
+    hidden = torch.randn(4, 16, generator=generator)
+    routes = torch.rand(4, EXPERTS, generator=generator).topk(TOP_K).indices
+    for spoken in ((0, 1), (0,)):
+        for layer in range(3):
+            ahead.observe(layer, hidden if layer in spoken else None, routes)
+    assert (ahead.sharpness._seen_L > 0).tolist() == [False, True, False]
+
+
+def test_look_ahead_forgets_a_pass_that_was_cut_short():
+    generator = torch.Generator().manual_seed(0)
+    ahead = GateLookAhead([torch.randn(EXPERTS, 16, generator=generator) for _ in range(3)], TOP_K)
+    hidden = torch.randn(8, 16, generator=generator)
+    routes = torch.rand(8, EXPERTS, generator=generator).topk(TOP_K).indices
+    for layer in (0, 1):
+        ahead.observe(layer, hidden, routes)
+    for layer, spoken in enumerate((True, False, False)):
+        ahead.observe(layer, hidden if spoken else None, routes)
+    assert (ahead.sharpness._seen_L > 0).tolist() == [False, True, False], "of the last layer nobody spoke"
 
 
 def test_look_ahead_adds_the_routers_bias():

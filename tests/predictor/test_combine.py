@@ -319,3 +319,60 @@ def test_what_was_seen_is_noted_after_every_pass(monkeypatch: pytest.MonkeyPatch
         p_1LE = table.predict(context)[0]
         assert (p_1LE.argmax(-1) == number % 8).all()
     assert learnt == [2, 5, 8]
+
+
+def pass_of(rows: int, seed: int) -> tuple[PathContext, Tensor]:
+    """Tokens of as many texts, and the routes of their pass."""
+    generator = torch.Generator().manual_seed(seed)
+    context = PathContext(target_BT=torch.randint(0, 50, (rows, 1), generator=generator))
+    return context, torch.randint(0, EXPERTS, (rows, 1, LAYERS, TOP_K), generator=generator)
+
+
+def test_of_a_pass_with_padding_is_learnt_what_is_learnt_without_it() -> None:
+    padded, plain = (untrained(LAYERS, EXPERTS, TOP_K) for _ in range(2))
+    context, routes_BSLK = pass_of(9, seed=0)
+    real_B = torch.arange(9) != 4
+    routes_BSLK[4] = -1
+    for one, ids_BT, mask_BT, came in (
+        (padded, context.target_BT, real_B[:, None], routes_BSLK),
+        (plain, context.target_BT[real_B], None, routes_BSLK[real_B]),
+    ):
+        context = PathContext(target_BT=ids_BT, target_mask_BT=mask_BT)
+        one.predict(context)
+        one.observe_pass(context, came)
+    assert not torch.equal(plain.before.weight_LCM, plain.before._start_LCM)
+    torch.testing.assert_close(padded.before.weight_LCM, plain.before.weight_LCM)
+
+
+def test_where_look_ahead_missed_a_pass_of_the_lot_only_the_others_learn() -> None:
+    ahead = Ahead()
+    one = untrained(LAYERS, EXPERTS, TOP_K, ahead)
+    for number in range(2):
+        context, routes_BSLK = pass_of(4, seed=number)
+        one.predict(context)
+        if number == 0:
+            ahead.truth_NLE = multi_hot(routes_BSLK[:, 0], EXPERTS)
+            assert one.observe(0, None, None) is not None
+        one.observe_pass(context, routes_BSLK)
+    assert not torch.equal(one.before.weight_LCM, one.before._start_LCM)
+    assert torch.equal(one.during.weight_LCM, one.during._start_LCM)
+
+
+def test_what_was_said_is_judged_once_and_by_its_own_pass() -> None:
+    """Passes that nobody asked about are learnt from as well, but by the table alone."""
+    ahead = Ahead()
+    one = untrained(LAYERS, EXPERTS, TOP_K, ahead)
+    context, routes_BSLK = pass_of(4, seed=0)
+    ahead.truth_NLE = multi_hot(routes_BSLK[:, 0], EXPERTS)
+    one.predict(context)
+    one.observe(0, None, None)  # and it does not come to its end
+    context, routes_BSLK = pass_of(8, seed=1)
+    one.predict(context)
+    one.observe_pass(context, routes_BSLK)
+    learnt_LCM = one.before.weight_LCM.clone()
+    assert not torch.equal(learnt_LCM, one.before._start_LCM)
+    assert torch.equal(one.during.weight_LCM, one.during._start_LCM)
+    one.observe_pass(*pass_of(8, seed=2))
+    one.predict(context)
+    one.observe_pass(*pass_of(9, seed=3))
+    assert torch.equal(one.before.weight_LCM, learnt_LCM)

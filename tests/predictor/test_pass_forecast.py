@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -67,6 +68,32 @@ def test_guesses_are_not_judged_by_other_texts():
         forecast.observe(torch.tensor([[False, True, True, True]]))
     assert not torch.equal(forecast.weight_CF[0], before[0]), "these passes were guessed and came"
     assert torch.equal(forecast.weight_CF[1:], before[1:])
+
+
+def test_guesses_are_judged_by_the_passes_that_they_spoke_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this pass, and of any use within each horizon after it: against lists of all that was said and came."""
+    forecast = PassForecast(1, 6, 2, has_prediction=True, has_head=False)
+    learnt: list = []
+    monkeypatch.setattr(forecast, "_learn", learnt.extend)
+    draw = torch.Generator().manual_seed(0)
+    said, used, expected = [], [], []
+    for number in range(24):
+        forecast.forecast(torch.rand(1, 6, generator=draw))
+        said.append(forecast._waiting[-1])
+        used.append(torch.rand(1, 6, generator=draw) < 0.3)
+        forecast.observe(used[-1])
+        decided = {0: (said[number][0], used[number])}
+        for c, horizon in enumerate(HORIZONS, 1):
+            if horizon <= number:
+                after = torch.stack(used[number + 1 - horizon : number + 1])
+                decided[c] = (said[number - horizon][c], after.any(0))
+        expected.append(decided)
+    assert max(map(len, expected)) == 1 + len(HORIZONS)
+    lots = [sorted(expected[begin : begin + 4], key=list) for begin in range(0, 24, 4)]
+    for lesson, decided in zip(learnt, chain(*lots), strict=True):
+        assert lesson.which == tuple(decided)
+        assert torch.equal(lesson.x_CLEF, torch.stack([x_LEF for x_LEF, _ in decided.values()]))
+        assert torch.equal(lesson.came_CLE, torch.stack([came_LE for _, came_LE in decided.values()]).float())
 
 
 @pytest.mark.parametrize("experts", [32, 128, 512])

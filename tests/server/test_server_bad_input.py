@@ -35,6 +35,22 @@ COMPLETION = [
     ({"n": 2, "temperature": 0}, "n", "would be alike"),
     ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
     ({"frequency_penalty": None, "seed": 2**70}, "seed", "less than"),
+    ({"n": 129, "temperature": 1}, "n", "less than or equal to 128"),
+    ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
+    ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+    ({"top_k": 2**31}, "top_k", "less than"),
+    ({"min_p": -0.1}, "min_p", "greater than or equal to 0"),
+    ({"min_p": 1.1}, "min_p", "less than or equal to 1"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"repetition_penalty": 101}, "repetition_penalty", "less than or equal to 100"),
+    ({"presence_penalty": -3}, "presence_penalty", "greater than or equal to -2"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2"),
+    ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+    ({"seed": -(2**63) - 1}, "seed", "greater than or equal to"),
+    ({"stop_token_ids": [1] * 129}, "stop_token_ids", "at most 128"),
+    ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias", "at most 1024"),
+    ({"logit_bias": {"5": -101}}, "logit_bias", "greater than or equal to -100"),
+    ({"stop": "a" * 1001}, "stop", "1 to 1000"),
     ({"logit_bias": {"abc": 1}}, "logit_bias.abc", "match"),
     ({"logit_bias": {"5": 500}}, "logit_bias", "less than or equal to 100"),
     ({"logit_bias": {"5000": 5}}, "logit_bias", "vocabulary are 0 to 127"),
@@ -54,6 +70,8 @@ COMPLETION = [
 USER = {"role": "user", "content": "Hi"}
 CHAT = [
     ({"messages": []}, "messages", "at least 1"),
+    ({"messages": [USER] * 4097}, "messages", "at most 4096"),
+    ({"messages": [USER], "max_completion_tokens": 0}, "max_completion_tokens", "or equal to 1"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'system', 'developer', 'user'"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "must be text, or a list"),
@@ -166,3 +184,7 @@ def test_neutral_values_of_what_is_not_supported_are_taken(served: Running) -> N
     found = served.ask("/v1/chat/completions", {"messages": [USER], "max_completion_tokens": 2, **chat})
     assert found.status == 200
     assert found.json["usage"]["completion_tokens"] == 2
+
+
+def test_seeds_may_be_negative_as_openais_are(served: Running) -> None:
+    assert served.complete(max_tokens=2, temperature=1.0, seed=-(2**63)).status == 200

@@ -147,6 +147,24 @@ def test_bodies_have_a_limit_announced_or_not(locked: Running) -> None:
         assert sock.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_body_may_be_as_large_as_its_limit(locked: Running) -> None:
+    for nbytes, status in ((65536, 200), (65537, 413)):
+        body = b'{"prompt": "Hello", "max_tokens": 1'.ljust(nbytes - 1) + b"}"
+        headers = {"Content-Type": "application/json", **bearer(KEY)}
+        assert locked.ask("/v1/completions", body, headers=headers).status == status
+
+
+def test_a_page_of_another_site_does_not_learn_whether_there_is_a_key(locked: Running) -> None:
+    for headers, status in (
+        ({"Host": "evil.example"}, 421),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+    ):
+        found = locked.ask("/v1/models", headers=headers)
+        assert found.status == status
+        assert "www-authenticate" not in found.headers
+
+
 def test_headers_have_a_limit(locked: Running) -> None:
     found = locked.ask("/health", headers={"X-Large": "x" * MOST_HEADER_BYTES})
     assert found.status == 431
@@ -161,6 +179,7 @@ def test_every_answer_has_the_security_headers(locked: Running) -> None:
         assert found["x-content-type-options"] == "nosniff"
         assert found["x-frame-options"] == "DENY"
         assert found["referrer-policy"] == "no-referrer"
+        assert found["cache-control"] == "no-store"
         assert "server" not in found
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from expertflow import LLM
 from expertflow.core import ExpertId
 from expertflow.server import live
-from expertflow.server.live import snapshot
+from expertflow.server.errors import APIError
+from expertflow.server.generation import Generation, Token
+from expertflow.server.live import LiveFeed, snapshot
+from expertflow.server.metrics import RequestMetrics
 from expertflow.server.step_log import StepLog, StepRecord
 from tests.server.running import WAIT_SECONDS, Running, running
 
@@ -97,7 +101,10 @@ def test_who_is_loading_is_told_while_it_loads(served: Running, monkeypatch: pyt
 def test_the_forecast_and_its_quality_are_shown(predicted: Running) -> None:
     for seed in range(3):
         assert predicted.complete(max_tokens=12, seed=seed).status == 200
-    found = snapshot(predicted.driver)
+    predicted.llm.experts.cache.wait_idle()
+    found, books = snapshot(predicted.driver), predicted.llm.stats
+    assert (found["misses_LE"], found["loads_LE"]) == (books.misses_LE, books.loads_LE)
+    assert books.misses_LE != books.loads_LE, "nothing was prefetched: the test sees nothing"
     stats = predicted.llm.experts.predicting.stats  # type: ignore[union-attr]
     assert found["predictor"] == {
         "name": "online", "recall": round(stats.recall, 4), "precision": round(stats.precision, 4),
@@ -143,6 +150,29 @@ def test_viewers_see_changes_and_leave_nothing_behind(served: Running) -> None:
         time.sleep(0.01)
 
 
+def test_a_new_viewer_sees_what_is_not_what_was(served: Running) -> None:
+    feed = served.server.config.app.state.live_feed  # type: ignore[union-attr]
+    viewer = Viewer(served)
+    before = viewer.next()["tokens_generated"]
+    viewer.close()
+    deadline = time.monotonic() + WAIT_SECONDS
+    while feed._viewers or feed._task:
+        assert time.monotonic() < deadline, "an observer works for nobody"
+        time.sleep(0.01)
+    assert served.complete(max_tokens=3, temperature=0, ignore_eos=True).status == 200
+    viewer = Viewer(served)
+    assert viewer.next()["tokens_generated"] == before + 3
+    viewer.close()
+
+
+def test_the_streams_of_viewers_end_with_the_server(llm: LLM) -> None:
+    with running(llm) as server:
+        viewer = Viewer(server)
+        viewer.next()
+    viewer.response.read()  # a stream that breaks off raises here
+    viewer.close()
+
+
 def test_idle_viewers_get_a_heartbeat_and_no_more(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "EVENT_SECONDS", 0.01)
     monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.3)
@@ -153,7 +183,7 @@ def test_idle_viewers_get_a_heartbeat_and_no_more(served: Running, monkeypatch: 
     before, found = found, viewer.next()
     viewer.close()
     assert found | {"time_s": 0} == before | {"time_s": 0}
-    assert found["time_s"] - before["time_s"] >= 0.29
+    assert found["time_s"] - before["time_s"] >= 0.2, "an event comes each 0.01 s where something happens"
 
 
 def test_viewers_are_limited(llm: LLM) -> None:
@@ -162,6 +192,34 @@ def test_viewers_are_limited(llm: LLM) -> None:
         viewer.next()
         assert server.ask("/live").error["code"] == "too_many_viewers"
         viewer.close()
+
+
+def test_viewers_count_from_when_they_are_let_in(llm: LLM) -> None:
+    """And no longer than until they are gone, even if they never read."""
+    feed = LiveFeed(SimpleNamespace(), most_viewers=1)  # type: ignore[arg-type]
+    first = feed.watch()
+    with pytest.raises(APIError, match="1 viewers watch already"):
+        feed.watch()
+    del first
+    feed.watch()
+
+
+def test_waits_and_the_pace_of_requests_are_remembered() -> None:
+    metrics = RequestMetrics()
+    for waited in (0.5, 2.0, 1.0):
+        generation = Generation(1, 1)
+        token = Token(0, "a", None, None, generation.started + waited)
+        metrics.got_token(generation, token, generation.started + 3.0)
+    assert metrics.longest_wait_seconds == pytest.approx(2.0)
+    assert metrics.mean_wait_seconds == pytest.approx(3.5 / 3)
+    metrics.ended("chat", "ok", 2.0)
+    metrics.ended("chat", "queue_full")
+    metrics.ended("chat", "ok", 12.0)
+    assert metrics.mean_seconds == pytest.approx(3.0)
+    said = metrics.expose().decode()
+    assert "expertflow_request_duration_seconds_count 2.0" in said
+    assert "expertflow_request_duration_seconds_sum 14.0" in said
+    assert 'expertflow_requests_total{endpoint="chat",outcome="queue_full"} 1.0' in said
 
 
 def metrics(server: Running) -> dict[str, float]:

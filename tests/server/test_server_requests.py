@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import http.client
 import json
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from expertflow import LLM, SamplingParams
+from expertflow.engine.logprobs import token_logprobs
 from expertflow.server import streams
 from tests.server.running import WAIT_SECONDS, Answered, Running, events_of, running
 
-LONG = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
+ANSWER = {"max_tokens": 100, "ignore_eos": True, "temperature": 0}
+LONG = {"prompt": "Hello", **ANSWER}
 
 
 @pytest.fixture
@@ -87,6 +90,82 @@ def test_a_full_queue_answers_429_and_when_to_come_again(small: Running) -> None
     assert small.complete(max_tokens=2).status == 200, "there is room again"
 
 
+def test_one_request_may_take_all_places(small: Running) -> None:
+    assert len(small.complete(max_tokens=1, prompt=["a"] * 10).json["choices"]) == 10
+
+
+def test_when_to_come_again_follows_the_last_requests_within_a_minute(small: Running) -> None:
+    for mean_seconds, told in ((0.001, 1), (24.0, 3), (1e6, 60)):
+        small.driver.metrics.mean_seconds = mean_seconds
+        assert small.driver.retry_after_seconds() == told
+
+
+def test_waiting_for_the_last_answer_ends_with_it(small: Running) -> None:
+    """A drain waits so: nobody told it of the end, and it waited for its time limit."""
+    loop = small.server._serving_loop
+    assert loop is not None
+    small.turnstile.close()
+    thread, found = in_thread(lambda: small.complete(max_tokens=3))
+    assert small.turnstile.held.wait(WAIT_SECONDS)
+    idle = asyncio.run_coroutine_threadsafe(small.driver.wait_idle(10 * WAIT_SECONDS), loop)
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(WAIT_SECONDS)
+    assert not idle.done()
+    small.turnstile.open()
+    assert idle.result(WAIT_SECONDS)
+    thread.join(WAIT_SECONDS)
+    assert found[0].status == 200
+
+
+def test_what_is_cancelled_while_prompts_are_encoded_is_not_answered(small: Running) -> None:
+    """One is being encoded, one waits for its turn."""
+    driver, loop, params = small.driver, small.server._serving_loop, SamplingParams(**ANSWER)
+    assert loop is not None
+    encoding, go_on, begun = threading.Event(), threading.Event(), []
+
+    def slowly() -> list[list[int]]:
+        encoding.set()
+        assert go_on.wait(WAIT_SECONDS)
+        return [[5]]
+
+    def noted() -> list[list[int]]:
+        begun.append(True)
+        return [[5]]
+
+    finished, cancelled = driver.engine.stats.finished, driver.engine.stats.cancelled
+    asked = []
+    for encode in (slowly, noted):
+        submitting = driver.submit(encode, params, 1, WAIT_SECONDS)
+        asked.append(asyncio.run_coroutine_threadsafe(submitting, loop))
+    assert encoding.wait(WAIT_SECONDS)
+    until(lambda: driver.outstanding == 2)
+    for one in asked:
+        one.cancel()
+    until(lambda: [one.cancelled for one in driver._generations] == [True, True])
+    go_on.set()
+    until(lambda: driver.outstanding == 0)
+    assert begun == []
+    assert driver.engine.stats.finished == finished
+    assert driver.engine.stats.cancelled == cancelled + 1
+
+
+def test_a_prompt_that_fails_ends_the_others_of_its_request(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = small.driver.engine.stats.finished
+    failed = []
+
+    def fails_once(*args: object, **kwargs: object) -> object:
+        if not failed:
+            failed.append(True)
+            raise OSError("it broke")
+        return token_logprobs(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("expertflow.engine.engine.token_logprobs", fails_once)
+    assert small.complete(**{**LONG, "prompt": ["a", "b", "c"]}).status == 500
+    until(lambda: small.driver.outstanding == 0)
+    assert small.driver.engine.stats.finished == finished, "they were decoded to the end, for nobody"
+
+
 def test_refused_requests_give_their_places_back(small: Running) -> None:
     for _ in range(30):
         assert small.complete(max_tokens=1000).status == 400
@@ -131,6 +210,8 @@ def test_a_deadline_ends_a_request(llm: LLM) -> None:
         assert "max_tokens" in found[0].error["message"]
         assert events_of(streamed[0].body)[-1]["error"]["code"] == "deadline_exceeded"
         until(lambda: server.driver.outstanding == 0)
+        counted = 'expertflow_requests_total{endpoint="completions",outcome="deadline_exceeded"} 2.0'
+        until(lambda: counted in server.ask("/metrics").body.decode())
 
 
 def connect_slowly(server: Running) -> socket.socket:
@@ -190,6 +271,14 @@ def test_a_client_that_takes_no_byte_is_given_up(llm: LLM, monkeypatch: pytest.M
         assert b"[DONE]" not in received
 
 
+def test_a_body_that_does_not_come_is_given_up(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_BODY_SECONDS", 0.05)
+    with socket.create_connection(("127.0.0.1", small.port), timeout=WAIT_SECONDS) as sock:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        sock.sendall(f"{head}Content-Length: 20\r\n\r\n".encode() + b'{"prompt"')
+        assert sock.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
 def test_an_answer_that_fails_is_one_clients_and_says_no_more_than_an_id(
     served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,3 +319,13 @@ def test_when_the_engine_stops_requests_hear_of_it_and_probes_too(
         assert server.ask("/health/live").status == 503
         assert server.ask("/health/ready").status == 503
         assert server.complete(max_tokens=3).status == 503
+
+
+def test_when_the_cache_stops_requests_hear_of_it_and_probes_too(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(small.llm.experts.cache), "usable", property(lambda self: False))
+    assert small.ask("/health/live").status == 503
+    assert small.ask("/health/ready").status == 503
+    found = small.complete(max_tokens=3)
+    assert (found.status, found.error["code"]) == (503, "engine_stopped")
