@@ -391,6 +391,7 @@ def test_batch_settings_reach_the_model(
         (["--execution", "sideways"], "--execution sideways: use joint or split"),
         (["--schedule", "best"], "--schedule best: use fixed or auto"),
         (["--schedule", "auto"], "groups by predicted experts; add --predictor online"),
+        (["--patience", "3"], "--patience 3 is of --schedule auto"),
         (["--sequences", "2"], "sequences=2 must be a whole number of at least batch=8"),
         (["--temperature", "-1"], "temperature=-1.0 must be a number at least 0"),
         (["--timeline", "no/such/folder/x.json"], "does not exist, so x.json cannot be written"),

@@ -13,6 +13,7 @@ import typer
 from expertflow.commands.flags import (
     DEFAULT_MAX_TOKENS,
     ExecutionOption,
+    PatienceOption,
     RevisionOption,
     ScheduleOption,
     StatsJsonOption,
@@ -52,6 +53,7 @@ def batch(
     sampling: dict[str, Any],
     execution: ExecutionOption = "joint",
     schedule: ScheduleOption = "fixed",
+    patience: PatienceOption = None,
     revision: RevisionOption = None,
     stats: StatsOption = False,
     stats_json: StatsJsonOption = None,
@@ -78,7 +80,7 @@ def batch(
         )
     if requests.absolute() == results.absolute():
         raise ValueError(f"{results} is the file of requests; give another name to the results")
-    seating = checked_seating(execution, schedule, checked)
+    seating = checked_seating(execution, schedule, patience, checked)
     from expertflow.engine.batch_results import BatchResults
     from expertflow.engine.batch_run import BatchRun, sha256_of
 

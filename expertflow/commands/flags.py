@@ -55,6 +55,16 @@ ScheduleOption = Annotated[
         "--predictor)",
     ),
 ]
+PatienceOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="with --schedule auto: how many that came later may begin before one that waits; four times as many as "
+        "decode at once if not given",
+        show_default=False,
+    ),
+]
 
 
 def takes(**groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -8,7 +8,14 @@ from typing import Any
 
 import typer
 
-from expertflow.commands.flags import ExecutionOption, ModelArgument, RevisionOption, ScheduleOption, takes
+from expertflow.commands.flags import (
+    ExecutionOption,
+    ModelArgument,
+    PatienceOption,
+    RevisionOption,
+    ScheduleOption,
+    takes,
+)
 from expertflow.commands.session import checked_seating, load
 from expertflow.config import BatchSettings
 from expertflow.server.settings import ServerSettings
@@ -21,6 +28,7 @@ def serve(
     server: dict[str, Any],
     execution: ExecutionOption = "joint",
     schedule: ScheduleOption = "fixed",
+    patience: PatienceOption = None,
     revision: RevisionOption = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it, with a live page and metrics.
@@ -36,7 +44,7 @@ def serve(
     """
     checked = BatchSettings(**settings)
     wanted = ServerSettings(**server).with_keys(os.environ)
-    seating = checked_seating(execution, schedule, checked)
+    seating = checked_seating(execution, schedule, patience, checked)
     try:
         from expertflow.server.serve import listening_socket
         from expertflow.server.serve import serve as serve_model

@@ -136,8 +136,10 @@ def check_can_write(stats_json: Path | None, heatmap: Path | None, timeline: Pat
         require_matplotlib()
 
 
-def checked_seating(execution: str, schedule: str, settings: Settings) -> dict[str, Any]:
-    """The two for an Engine; what it would refuse is refused here, before a model is loaded."""
+def checked_seating(
+    execution: str, schedule: str, patience: int | None, settings: Settings
+) -> dict[str, Any]:
+    """The three for an Engine; what it would refuse is refused here, before a model is loaded."""
     from expertflow.engine.auto_schedule import SCHEDULES
     from expertflow.engine.unit import EXECUTIONS
 
@@ -149,7 +151,12 @@ def checked_seating(execution: str, schedule: str, settings: Settings) -> dict[s
         raise ValueError(
             "--schedule auto groups by predicted experts; add --predictor online, or a trained one"
         )
-    return {"execution": execution, "schedule": schedule}
+    if patience is not None and schedule != "auto":
+        raise ValueError(
+            f"--patience {patience} is of --schedule auto, and --schedule {schedule} begins in order of arrival; "
+            f"leave it out"
+        )
+    return {"execution": execution, "schedule": schedule, "patience": patience}
 
 
 @contextlib.contextmanager

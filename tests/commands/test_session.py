@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from expertflow import read_ahead
-from expertflow.commands.session import importing_for
+from expertflow.commands.session import checked_seating, importing_for
+from expertflow.config import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,14 @@ def test_reading_begins_before_the_imports(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(read_ahead, "read_early", asked.append)
     with importing_for(tmp_path):
         assert asked == [tmp_path]
+
+
+def test_patience_reaches_the_engine_under_auto_alone() -> None:
+    settings = Settings(predictor="online")
+    assert checked_seating("split", "auto", 2, settings) == {
+        "execution": "split",
+        "schedule": "auto",
+        "patience": 2,
+    }
+    with pytest.raises(ValueError, match="--patience 0 is of --schedule auto"):
+        checked_seating("joint", "fixed", 0, settings)
