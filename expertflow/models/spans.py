@@ -119,7 +119,7 @@ def derive_expert_spans(
             found = re.fullmatch(rf"{re.escape(owner.name)}\.expert_(\d+)\.(.+)", target)
             assert found, f"{target} is no parameter of an expert"
             expert, role = ExpertId(owner.layer, int(found[1])), found[2]
-            (key,) = sources[target][None]
+            key = _only(sources[target], target, checkpoint)
             parts[expert].append(_whole(checkpoint.spans[key], role, owner.role_shapes[role]))
             continue
         role = target.removeprefix(f"{owner.name}.")
@@ -131,6 +131,17 @@ def derive_expert_spans(
     return ExpertSpans(
         {expert: tuple(found) for expert, found in parts.items()}, frozenset(transposed), frozenset(keys)
     )
+
+
+def _only(by_pattern: Mapping[str | None, list[str]], target: str, checkpoint: Checkpoint) -> str:
+    """The one tensor that is the parameter `target`."""
+    first, *more = by_pattern[None]
+    if more:
+        raise ValueError(
+            f"{checkpoint.folder}: {first} and {more[0]} are both {target}; delete the one that does not belong to "
+            f"the model ({checkpoint.spans[first].path.name}, {checkpoint.spans[more[0]].path.name})"
+        )
+    return first
 
 
 def _stack(
@@ -145,7 +156,7 @@ def _stack(
     """Per expert, the parts that make up its row of the packed parameter `target`."""
     shape, count = owner.role_shapes[role], owner.num_experts
     if set(by_pattern) == {None}:
-        (key,) = by_pattern[None]
+        key = _only(by_pattern, target, checkpoint)
         return [[part] for part in _rows(checkpoint.spans[key], role, (count, *shape))]
     pattern = next(pattern for pattern in by_pattern if pattern is not None)
     converter = converter_of[pattern]

@@ -164,6 +164,16 @@ def test_a_wrong_dtype_is_named(copy):
         load(copy)
 
 
+def test_two_tensors_for_one_parameter_are_named(tmp_path):
+    folder = write_checkpoint("gpt_oss", tmp_path)
+    packed = "model.layers.0.mlp.experts.down_proj"
+    edit_weights(
+        folder, lambda weights: weights.update({packed.removeprefix("model."): weights[packed].clone()})
+    )
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.down_proj and .* are both .*delete the one"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     "fields", [{"intermediate_size": 64}, {"num_local_experts": 16}, {"hidden_size": 64}]
 )
