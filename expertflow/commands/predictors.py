@@ -128,7 +128,7 @@ def eval_predictor(
     except ValueError:
         raise ValueError(f"--batch {batch!r} is no list of numbers; write --batch 1,8,64") from None
     conditions = Conditions(batches=batches, max_tokens=max_tokens, warm_tokens=warm_tokens, seed=seed)
-    size = parse_bytes(expert_bytes) if expert_bytes is not None else None
+    size = parse_bytes(expert_bytes, "--expert-bytes") if expert_bytes is not None else None
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; -o takes a folder, which is made when it is not there")
     meta, sequences = read_recordings(traces)

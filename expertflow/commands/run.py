@@ -90,7 +90,10 @@ def _read_prompt(prompt: str | None, file: Path | None, chat: bool) -> str | Non
     if prompt is not None and file is not None:
         raise ValueError("a prompt and --file were both given; give one of them")
     if file is not None:
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no text in UTF-8 ({error}); convert it (iconv -t UTF-8)") from None
     if prompt is not None or chat:
         return prompt
     if sys.stdin.isatty():

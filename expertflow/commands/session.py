@@ -130,10 +130,21 @@ def check_can_write(stats_json: Path | None, heatmap: Path | None, timeline: Pat
             raise FileNotFoundError(
                 f"{path.absolute().parent} does not exist, so {path.name} cannot be written there"
             )
-    if heatmap is not None or (timeline is not None and timeline.suffix != ".json"):
+    figures = [] if heatmap is None else [heatmap]
+    if timeline is not None and timeline.suffix != ".json":
+        figures.append(timeline)
+    if figures:
         from expertflow.report import require_matplotlib
 
         require_matplotlib()
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        for path in figures:
+            if path.suffix[1:].lower() not in FigureCanvasBase.filetypes:
+                raise ValueError(
+                    f"{path}: figures are drawn as .png, .svg or .pdf"
+                    + (", and .json is for Perfetto" if path == timeline else "")
+                )
 
 
 def checked_seating(

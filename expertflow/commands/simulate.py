@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from expertflow.commands.flags import takes
-from expertflow.commands.session import stderr, stdout
+from expertflow.commands.session import check_can_write, stderr, stdout
 
 
 @takes()
@@ -90,8 +90,9 @@ def simulate(
     from expertflow.sim.recordings import foretell_all, size_of
     from expertflow.trace import read_trace
 
+    check_can_write(json_file, None, None)
     recording = read_trace(trace, weights=False)
-    given_bytes = parse_bytes(expert_bytes) if expert_bytes is not None else None
+    given_bytes = parse_bytes(expert_bytes, "--expert-bytes") if expert_bytes is not None else None
     size, stands_for = size_of(recording.meta, model_size, given_bytes)
     conditions = Conditions(
         policies=tuple(dict.fromkeys(policy.split(","))),

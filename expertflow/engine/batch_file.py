@@ -77,6 +77,14 @@ def parse_line(line: int, raw: bytes) -> BatchRequest | LineError:
     try:
         try:
             fields_of_line = json.loads(raw.decode("utf-8"))
+            json.dumps(fields_of_line, ensure_ascii=False).encode("utf-8")
+        except RecursionError:
+            raise ValueError(f"nested too deeply: {_shortened(raw)}") from None
+        except UnicodeEncodeError as error:  # "\\ud83d" alone is JSON, and no text
+            half = error.object[error.start : error.end]
+            raise ValueError(
+                f"{half!a} is half of a character, which no text has: {_shortened(raw)}"
+            ) from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a line of JSON in UTF-8 ({error}): {_shortened(raw)}") from None
         if isinstance(fields_of_line, str):

@@ -47,6 +47,7 @@ class BatchResults:
         try:
             self._claim({"format": FORMAT, **run})
             self.done, self.failed = self._read_back()
+            self._ended = False  # finished or closed
             self._file: FileIO = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except BaseException:
             self._lock.close()
@@ -80,8 +81,14 @@ class BatchResults:
         """Every line has its result: nothing is left to continue."""
         os.fsync(self._file.fileno())
         self.marker.unlink()
+        self._ended = True
 
     def close(self) -> None:
+        """Idempotent. A run that ends before its first result leaves no trace: nothing could be continued."""
+        if not self._ended and not self.done:
+            self.path.unlink(missing_ok=True)
+            self.marker.unlink(missing_ok=True)
+        self._ended = True
         self._file.close()
         self._lock.close()
 
@@ -107,6 +114,11 @@ class BatchResults:
             before = {}
         if not isinstance(before, dict) or before.get("format") != FORMAT:
             raise ValueError(f"{self.marker} is not a run of ours; give another output name")
+        if not self.path.exists() or not self.path.stat().st_size:  # it ended before its first result
+            self._lock.truncate(0)
+            self._lock.write(json.dumps(run) + "\n")
+            self._lock.flush()
+            return
         differing = sorted(key for key in before.keys() | run.keys() if before.get(key) != run.get(key))
         if differing:
             was = ", ".join(f"{key}={before.get(key)!r} (now {run.get(key)!r})" for key in differing)

@@ -95,8 +95,13 @@ class LLM:
     @property
     def context(self) -> int:
         """Tokens of a prompt and its answer together."""
-        trained = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return min(self.settings.context, trained or self.settings.context)
+        return min(self.settings.context, self._trained_context or self.settings.context)
+
+    @property
+    def _trained_context(self) -> int | None:
+        return (
+            getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or None
+        )
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends, as transformers would apply it."""
@@ -147,6 +152,9 @@ class LLM:
                 f"{self.name} has no chat template, so it is probably no chat model; give it plain prompts "
                 f"(`run` without --chat, `chat --raw`), or use an instruct version of the model"
             )
+        for message in messages:
+            if isinstance(content := message.get("content"), str):
+                _utf8(content, "a message")
         encoded: Any = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
         )
@@ -230,7 +238,7 @@ class LLM:
                 raise ValueError(
                     f"sampling_params of prompt {number} is {wanted!r}; it must be SamplingParams(...)"
                 )
-            ids = list(self.tokenizer(prompt).input_ids) if isinstance(prompt, str) else prompt
+            ids = self._encoded(number, prompt)
             max_tokens = self._max_tokens(number, ids, wanted)
             seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
             rows = [
@@ -249,6 +257,13 @@ class LLM:
             requests.append((prompt if isinstance(prompt, str) else None, ids, rows))
         return requests
 
+    def _encoded(self, number: int, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(_utf8(prompt, f"prompt {number}")).input_ids)
+        if not isinstance(prompt, list):
+            raise ValueError(f"prompt {number} is {prompt!r}; it must be text, or a list of token ids")
+        return prompt
+
     def _max_tokens(self, number: int, ids: list[int], params: SamplingParams) -> int:
         embeddings: Any = self.model.get_input_embeddings()
         vocabulary = embeddings.weight.shape[0]
@@ -263,15 +278,20 @@ class LLM:
         room = self.context - len(ids)
         if room < 1 or (params.max_tokens or 0) > room:
             wanted = f" and max_tokens={params.max_tokens}" if params.max_tokens else ""
+            need = len(ids) + (params.max_tokens or 1)
+            trained = self._trained_context
+            if self.context == self.settings.context and (trained is None or need <= trained):
+                more = f"load the model with context={need} or more (--context), "
+            elif trained is not None and self.context < trained:
+                more = f"load the model with context={trained} (--context), all it was trained for, and "
+                room = trained - len(ids)
+            else:
+                more = "that is what the model was trained for; "
             raise ValueError(
                 f"prompt {number} of {len(ids)} tokens{wanted} does not fit the context of {self.context} "
                 f"tokens "
                 f"({format_bytes(self.context * self.experts.plan.model.kv_bytes_per_token)} of KV cache); "
-                + (
-                    f"load the model with context={len(ids) + (params.max_tokens or 1)} or more (--context), "
-                    if self.context == self.settings.context
-                    else "that is what the model was trained for; "
-                )
+                + more
                 + ("shorten the prompt" if room < 1 else f"shorten the prompt, or lower max_tokens to {room}")
             )
         return params.max_tokens or room
@@ -283,6 +303,18 @@ class LLM:
             if isinstance(token := getattr(owner, "pad_token_id", None), int):
                 return token
         return min(self._end_tokens, default=0)
+
+
+def _utf8(text: str, what: str) -> str:
+    """ValueError for what Python carries in a str and no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} is no text in UTF-8: {text[error.start : error.end]!a} at character {error.start}; convert it "
+            f"(iconv -t UTF-8), or leave that out"
+        ) from None
+    return text
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -346,7 +378,9 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
         raise ValueError(f"prompts must be text, a list of texts, or token ids, not {type(prompts).__name__}")
     if prompts and all(isinstance(item, int) for item in prompts):
         return [list(prompts)]
-    return [item if isinstance(item, str) else list(item) for item in prompts]
+    return [
+        list(item) if isinstance(item, Sequence) and not isinstance(item, str) else item for item in prompts
+    ]
 
 
 def _batches(rows: Sequence[Row], width: int, context: int) -> Iterator[list[Row]]:

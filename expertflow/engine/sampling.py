@@ -44,9 +44,7 @@ class SamplingParams:
     stop: str | Iterable[str] = setting((), "end before this text")
     stop_token_ids: Iterable[int] = setting((), "end at this token id")
     ignore_eos: bool = setting(False, "go on past the model's own end-of-sequence token")
-    seed: int | None = setting(
-        None, "the same seed gives the same text, alone or in any batch; default: random"
-    )
+    seed: int | None = setting(None, "the same seed draws alike, alone or in any batch; default: random")
     n: int = setting(1, "answers to each prompt")
     logit_bias: Mapping[int, float] | None = setting(None, "by token id: what is added to its logit")
     logprobs: int | None = setting(
@@ -55,6 +53,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         texts = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if value and (isinstance(value, Mapping) or not isinstance(value, Iterable)):
+                raise ValueError(f"{name}={value!r} must be a list")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos={self.ignore_eos!r} must be True or False")
         object.__setattr__(self, "stop", tuple(texts or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from expertflow import read_ahead
-from expertflow.commands.session import checked_seating, importing_for
+from expertflow.commands.session import check_can_write, checked_seating, importing_for
 from expertflow.config import Settings
 
 
@@ -42,6 +42,17 @@ def test_reading_begins_before_the_imports(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(read_ahead, "read_early", asked.append)
     with importing_for(tmp_path):
         assert asked == [tmp_path]
+
+
+@pytest.mark.parametrize(("heatmap", "timeline"), [("x.txt", None), (None, "x.foo"), ("x.png", "x")])
+def test_figures_that_cannot_be_drawn_are_refused_at_once(
+    heatmap: str | None, timeline: str | None, tmp_path: Path
+) -> None:
+    paths = [None if name is None else tmp_path / name for name in (heatmap, timeline)]
+    with pytest.raises(ValueError, match=r"figures are drawn as .png, .svg or .pdf"):
+        check_can_write(None, *paths)
+    check_can_write(None, tmp_path / "x.SVG", tmp_path / "x.json")
+    check_can_write(None, None, tmp_path / "x.pdf")
 
 
 def test_patience_reaches_the_engine_under_auto_alone() -> None:

@@ -67,7 +67,10 @@ def test_both_formats(line: Any, wanted: BatchRequest) -> None:
         ({"prompt": "a", "n": 2}, "line-7", None, "a plain line has one answer"),
         ({"prompt": "a", "maxtokens": 3}, "line-7", None, "maxtokens: not supported; known: .*max_tokens"),
         ({"prompt": "a", "temperature": -1}, "line-7", None, "temperature=-1 must be a number at least 0"),
-        ({"prompt": "a", "stop": 3}, "line-7", None, "not iterable"),
+        ({"prompt": "a", "stop": 3}, "line-7", None, "stop=3 must be a list"),
+        ({"prompt": "a", "stop": {"a": 1}}, "line-7", None, "stop=.* must be a list"),
+        ({"prompt": "a", "stop_token_ids": 5}, "line-7", None, "stop_token_ids=5 must be a list"),
+        ({"prompt": "a", "ignore_eos": "no"}, "line-7", None, "ignore_eos='no' must be True or False"),
         ({"messages": [{"role": "user"}]}, "line-7", None, 'must be {"role"'),
         ({"messages": []}, "line-7", None, "at least one"),
         (openai(prompt="a", custom_id=None), None, None, "custom_id=None must be text"),
@@ -93,6 +96,23 @@ def test_a_line_that_is_no_json_is_shown_in_short(raw: bytes) -> None:
     assert isinstance(error, LineError)
     assert "not a line of JSON" in error.message
     assert len(error.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "lone \\ud83d"}', r"'\\ud83d' is half of a character"),
+        (b'{"prompt": "a", "id": "\\ud83d"}', "half of a character"),
+        (b'{"prompt": "a", "\\udc00": 1}', "half of a character"),
+    ],
+)
+def test_a_line_that_is_json_and_no_text_is_an_error_of_its_own(raw: bytes, message: str) -> None:
+    error = parse_line(3, raw)
+    assert isinstance(error, LineError)
+    assert re.search(message, error.message)
+    assert len(error.message) < 200
+    json.dumps(error_line(error), ensure_ascii=False).encode()
 
 
 def test_a_file_is_read_line_by_line_and_ids_are_used_once(tmp_path: Path) -> None:

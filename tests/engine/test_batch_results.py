@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from expertflow.engine.batch_file import CHAT, LineError, error_line
-from expertflow.engine.batch_results import BatchResults, key_of
+from expertflow.engine.batch_results import FORMAT, BatchResults, key_of
 
 RUN = {"input": "abc", "model": "m"}
 
@@ -96,9 +96,33 @@ def test_a_marker_that_is_not_ours_is_left_alone(tmp_path: Path, marker: str) ->
 
 def test_another_run_is_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    BatchResults(path, RUN).close()
+    with BatchResults(path, RUN) as results:
+        write(results, "a")
     with pytest.raises(ValueError, match=r"was begun with model='m' \(now 'n'\); give the same"):
         BatchResults(path, RUN | {"model": "n"})
+
+
+def test_a_run_that_ends_before_its_first_result_leaves_nothing_to_be_mistaken_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(FileNotFoundError), BatchResults(path, RUN | {"model": "mistyped"}):
+        raise FileNotFoundError("there is no such model")
+    assert not list(tmp_path.iterdir())
+    # Killed: nobody could tidy up.
+    path.touch()
+    path.with_name("out.jsonl.run").write_text(
+        json.dumps({"format": FORMAT, **RUN, "model": "mistyped"}) + "\n"
+    )
+    with BatchResults(path, RUN) as results:
+        write(results, "a")
+    with BatchResults(path, RUN) as results:
+        assert results.done == {"id a"}
+
+
+def test_a_run_without_a_line_leaves_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with BatchResults(path, RUN) as results:
+        results.finish()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_folder_must_be_there(tmp_path: Path) -> None:

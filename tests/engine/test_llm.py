@@ -280,6 +280,18 @@ def test_an_applications_own_handler_stays(llm: LLM) -> None:
         (["a", "b"], [GREEDY], "1 SamplingParams for 2 prompts"),
         (["a"], [{"temperature": 0}], "must be SamplingParams"),
         (7, GREEDY, "not int"),
+        (
+            ["x" * 20],
+            SamplingParams(max_tokens=300),
+            r"with context=256 \(--context\), all it was trained for, and .* lower max_tokens to 236",
+        ),
+        (
+            ["x" * 300],
+            GREEDY,
+            r"with context=256 \(--context\), all it was trained for, and shorten the prompt$",
+        ),
+        (["ok", "half \ud83d"], GREEDY, r"prompt 1 is no text in UTF-8: '\\ud83d' at character 5"),
+        (["a", 5], GREEDY, "prompt 1 is 5; it must be text, or a list of token ids"),
     ],
 )
 def test_bad_requests_are_refused_before_any_is_computed(

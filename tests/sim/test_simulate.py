@@ -174,6 +174,17 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch):
     assert {row["policy"] for row in found["rows"]} >= {"lru", "lfu", "plec", "belady"}
 
 
+def test_where_results_go_and_sizes_are_checked_before_anything_is_simulated(tmp_path, monkeypatch):
+    monkeypatch.setattr("expertflow.sim.recordings.foretell_all", lambda *_: pytest.fail("it was simulated"))
+    for arguments, message in (
+        (("--json", str(tmp_path / "no" / "x.json")), "does not exist, so x.json cannot be written"),
+        (("--expert-bytes", "6"), "--expert-bytes='6' has no unit"),
+    ):
+        done = invoke(str(CHAT), *arguments)
+        assert done.exit_code == 2
+        assert message in " ".join(done.output.split())
+
+
 def test_a_trace_stands_for_the_published_model_of_its_shape():
     done = invoke(str(SWITCH), "--batch", "1", "--steps", "3", "--warm", "0", "--policy", "lru")
     assert "stand for switch-base-32" in " ".join(done.stdout.split())
