@@ -37,10 +37,11 @@ def tables(found: dict[str, Any], expert_bytes: int | None = None) -> Iterator[T
         title = f"{task} ({domain}), {phase}, {side}: {rows[0]['tokens']} tokens; wasted and missed in {unit}"
         table = Table(title=title, title_justify="left")
         table.add_column("predictor")
-        for column in ("token", f"batch {_BATCH}", "accuracy", "precision", "wasted", "missed", "ECE"):
+        size = _shown(rows)
+        for column in ("token", f"batch {size}", "accuracy", "precision", "wasted", "missed", "ECE"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
-            table.add_row(row["predictor"], *_cells(row, scale))
+            table.add_row(row["predictor"], *_cells(row, size, scale))
         yield table
 
 
@@ -62,10 +63,16 @@ def next_use_table(found: dict[str, Any]) -> Table | None:
     return table
 
 
-def _cells(row: dict[str, Any], scale: float) -> list[str]:
+def _shown(rows: list[dict[str, Any]]) -> str:
+    """The batch size of the table: the largest that was measured, where the usual one was not."""
+    sizes = {size for row in rows for size in row.get("batches", {})}
+    return _BATCH if _BATCH in sizes or not sizes else max(sizes, key=int)
+
+
+def _cells(row: dict[str, Any], size: str, scale: float) -> list[str]:
     if "threshold" not in row:
         return ["-"] * 7
-    batch = row["batches"].get(_BATCH)
+    batch = row["batches"].get(size)
     cells = [_share(row["recall_equal_budget"])]
     if batch is None:
         cells += ["-"] * 5
@@ -80,10 +87,10 @@ def _share(value: float | None) -> str:
 
 
 LEGEND = (
-    f"token, batch {_BATCH}: recall at equal budget, as many predicted as active. accuracy: the paper's batch-level "
-    f"accuracy for batches of {_BATCH}, its precision beside it, at the threshold where a token's precision equals "
-    f"its recall. wasted, missed: by batch and step, at that threshold. ECE: calibration error. SLP, look-ahead "
-    f"and pre-gate say nothing of the first layer: their figures leave it out."
+    "token, batch N: recall at equal budget, as many predicted as active. accuracy: the paper's batch-level "
+    "accuracy for batches of N, its precision beside it, at the threshold where a token's precision equals "
+    "its recall. wasted, missed: by batch and step, at that threshold. ECE: calibration error. SLP, look-ahead "
+    "and pre-gate say nothing of the first layer: their figures leave it out."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -262,6 +263,17 @@ def test_conditions_are_checked():
         Conditions(batches=(1, 128))
     with pytest.raises(ValueError, match="max_tokens=0"):
         Conditions(max_tokens=0)
+
+
+def test_a_table_shows_the_largest_batch_where_the_usual_one_was_not_measured(found):
+    usual = [column.header for column in next(report.tables(found)).columns]
+    fewer = copy.deepcopy(found)
+    for row in fewer["results"]:
+        row.get("batches", {}).pop("8", None)
+    table = next(report.tables(fewer))
+    sizes = {int(size) for row in fewer["results"] for size in row.get("batches", {})}
+    assert (usual[2], table.columns[2].header) == ("batch 8", f"batch {max(sizes)}")
+    assert "-" not in list(table.columns[2].cells)[:1]
 
 
 def test_tables_and_figures(found, tmp_path):
