@@ -89,8 +89,7 @@ def fitting(llm: LLM, prompt: str | list[int], params: SamplingParams, length_gi
     """The same parameters; unless a length was given, with as many tokens as the context still holds."""
     if length_given:
         return params
-    ids = prompt if isinstance(prompt, list) else list(llm.tokenizer(prompt).input_ids)
-    room = llm.context - len(ids)
+    room = llm.context - len(llm.encode(prompt))
     return replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room)) if room > 0 else params
 
 

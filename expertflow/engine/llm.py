@@ -145,6 +145,14 @@ class LLM:
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return self.generate([self.encode_chat(messages) for messages in conversations], sampling_params)  # type: ignore[arg-type]
 
+    def encode(self, prompt: Prompt, what: str = "the prompt") -> list[int]:
+        """Token ids of a prompt, which may be some already. what: it is called in errors (ValueError)."""
+        if isinstance(prompt, str):
+            return list(self.tokenizer(_utf8(prompt, what)).input_ids)
+        if not isinstance(prompt, list):
+            raise ValueError(f"{what} is {prompt!r}; it must be text, or a list of token ids")
+        return prompt
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that waits for the assistant, by the tokenizer's chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
@@ -238,7 +246,7 @@ class LLM:
                 raise ValueError(
                     f"sampling_params of prompt {number} is {wanted!r}; it must be SamplingParams(...)"
                 )
-            ids = self._encoded(number, prompt)
+            ids = self.encode(prompt, f"prompt {number}")
             max_tokens = self._max_tokens(number, ids, wanted)
             seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
             rows = [
@@ -256,13 +264,6 @@ class LLM:
             ]
             requests.append((prompt if isinstance(prompt, str) else None, ids, rows))
         return requests
-
-    def _encoded(self, number: int, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(_utf8(prompt, f"prompt {number}")).input_ids)
-        if not isinstance(prompt, list):
-            raise ValueError(f"prompt {number} is {prompt!r}; it must be text, or a list of token ids")
-        return prompt
 
     def _max_tokens(self, number: int, ids: list[int], params: SamplingParams) -> int:
         embeddings: Any = self.model.get_input_embeddings()

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from expertflow import LLM, SamplingParams
+from expertflow.commands.session import fitting
 from expertflow.engine.interrupts import Interrupts
 from expertflow.engine.llm import _batches
 from expertflow.engine.request import Row, TextStream
@@ -300,6 +301,15 @@ def test_bad_requests_are_refused_before_any_is_computed(
     with pytest.raises(ValueError, match=message):
         llm.generate(prompts, params)  # type: ignore[arg-type]
     assert llm.stats.hits + llm.stats.misses == 0
+
+
+def test_what_is_no_text_is_refused_wherever_it_is_encoded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python carries bytes that are no UTF-8 from stdin and arguments as halves of characters."""
+    with pytest.raises(ValueError, match=r"the prompt is no text in UTF-8: '\\udcff' at character 1"):
+        fitting(llm, "a\udcff", SamplingParams(), length_given=False)
+    monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ messages[0]['content'] }}", raising=False)
+    with pytest.raises(ValueError, match="a message is no text in UTF-8"):
+        llm.encode_chat([{"role": "user", "content": "\ud83d"}])
 
 
 def test_the_trained_context_is_a_limit_too(folder: Path, tmp_path: Path) -> None:
