@@ -104,9 +104,7 @@ class BatchResults:
         self._lock.seek(0)
         text = self._lock.read()
         if not text or not text.endswith("\n"):  # new, or killed while it was written: then no result was
-            self._lock.truncate(0)
-            self._lock.write(json.dumps(run) + "\n")
-            self._lock.flush()
+            self._begin(run)
             return
         try:
             before = json.loads(text)
@@ -115,9 +113,7 @@ class BatchResults:
         if not isinstance(before, dict) or before.get("format") != FORMAT:
             raise ValueError(f"{self.marker} is not a run of ours; give another output name")
         if not self.path.exists() or not self.path.stat().st_size:  # it ended before its first result
-            self._lock.truncate(0)
-            self._lock.write(json.dumps(run) + "\n")
-            self._lock.flush()
+            self._begin(run)
             return
         differing = sorted(key for key in before.keys() | run.keys() if before.get(key) != run.get(key))
         if differing:
@@ -125,6 +121,11 @@ class BatchResults:
             raise ValueError(
                 f"{self.path} was begun with {was}; give the same to continue, or another output name"
             )
+
+    def _begin(self, run: dict[str, Any]) -> None:
+        self._lock.truncate(0)
+        self._lock.write(json.dumps(run) + "\n")
+        self._lock.flush()
 
     def _read_back(self) -> tuple[set[str], int]:
         """Ids and failures of what is there; a last line that a kill cut short is cut off."""
