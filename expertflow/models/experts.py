@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from expertflow.cache.expert_cache import ExpertCache, Weights
 from expertflow.models.meeting import in_meeting, meet
-from expertflow.models.products import linear, weight_first
+from expertflow.models.products import linear, linear_into
 
 if TYPE_CHECKING:
     from expertflow.models.lookahead import LookAhead
@@ -293,24 +293,26 @@ class Products:
                 self._up_KH = row_1D.new_empty(len(weights_K), first.shape[0])
                 self._out_KD = row_1D.new_empty(len(weights_K), down.shape[0])
                 self._ups, self._outs = list(self._up_KH), list(self._out_KD)
-        role, row_D = self.first, row_1D[0]
+        role = self.first
         for weights, up_H in zip(weights_K, self._ups):  # noqa: B905 - same length, and a hot line
-            torch.mv(weights[role][0], row_D, out=up_H)
-        for weights, inner_I, out_D in zip(weights_K, self.gate(self._up_KH), self._outs):  # noqa: B905
-            torch.mv(weights["down_proj"][0], inner_I, out=out_D)
+            linear_into(up_H, row_1D, weights[role][0])
+        for weights, inner_1I, out_D in zip(weights_K, self.gate(self._up_KH).split(1), self._outs):  # noqa: B905
+            linear_into(out_D, inner_1I, weights["down_proj"][0])
         return self._out_KD
 
     def _find_most_together(self, weights: Weights) -> int:
         """How many experts `together` may take and still give each the bits of `multiply`; 0 if not even one.
 
-        Products must be the matrix-vector products that `linear` takes for one row. The activation of K rows at
-        once is each row's own only if rows are whole vectors: on the CPU torch computes the odd elements at the
-        end by other code, whose last bits may differ (128 holds the longest, unrolled, in each half of a fused
-        projection), and divides 32,768 elements among threads wherever that falls. Some functions take another
-        way altogether for a single row (gelu in oneDNN): those are found by trying.
+        The activation of K rows at once is each row's own only if rows are whole vectors: on the CPU torch
+        computes the odd elements at the end by other code, whose last bits may differ (128 holds the longest,
+        unrolled, in each half of a fused projection), and divides 32,768 elements among threads wherever that
+        falls. Some functions take another way altogether for a single row (gelu in oneDNN), and a product
+        might when it is told where to write: those are found by trying.
         """
         parts = weights[self.first]
-        if len(parts) > 1 or not (weight_first(1, parts[0]) and weight_first(1, weights["down_proj"][0])):
+        if len(parts) > 1 or parts[0].device.type != "cpu":
+            return 0
+        if not (_same_into(parts[0]) and _same_into(weights["down_proj"][0])):
             return 0
         width = parts[0].shape[0]
         most = 0 if width % 128 != 0 else min(_MOST_TOGETHER, 32767 // width)
@@ -320,3 +322,10 @@ class Products:
             if not torch.equal(self.gate(up_KH[:count]), torch.cat(alone_KI[:count])):
                 return count - 1
         return most
+
+
+def _same_into(weight_OD: Tensor) -> bool:
+    row_1D = torch.linspace(-1, 1, weight_OD.shape[1]).to(weight_OD.dtype)[None]
+    out_O = row_1D.new_empty(len(weight_OD))
+    linear_into(out_O, row_1D, weight_OD)
+    return torch.equal(out_O, linear(row_1D, weight_OD)[0])

@@ -1,14 +1,20 @@
-"""Matrix products with few rows, as a decode step has them: the weight goes first.
+"""Matrix products with few rows, as a decode step has them: with AMX the weight goes first.
 
 `F.linear(x, W)` makes the weight the right-hand operand, which oneDNN packs anew at every call: with one to 64
 rows that costs more than the arithmetic. As the left operand of `W @ x.T` it is streamed as it lies, and a
 single row is a matrix-vector product. bf16, 1408 x 2048 and 2048 x 2048, two cores with AMX, torch 2.13,
 2026-11, GB of weights per second, F.linear / here: one row 9.3 / 14.0, four rows 11.7 / 14.0, 16 rows 9.4 / 13.6,
 64 rows 4.1 / 6.4; a plain sum over the same bytes 18.7. float32 and float16 gain nothing and are left alone.
-The choice depends on shapes alone, so results never depend on what is cached.
+Without AMX it is the other way round (EPYC with AVX512-BF16, two cores: 12.9 / 7.0, 14.1 / 7.6, 9.1 / 7.3, 4.6 / 5.3),
+so there, and on processors that nobody measured, F.linear does it.
+The choice depends on shapes and the processor alone, so results never depend on what is cached.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +32,15 @@ def weight_first(num_rows: int, weight: Tensor) -> bool:
         and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.nbytes >= _MIN_WEIGHT_BYTES
+        and has_amx()
     )
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this processor has tiles for bf16; False where torch is too old to tell."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_tile")) and bool(capabilities.get("amx_bf16"))
 
 
 def linear(rows_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -45,6 +59,14 @@ def linear(rows_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> 
     if bias_O is None:
         return torch.mm(weight_OD, rows_DN).t()
     return torch.addmm(bias_O[:, None], weight_OD, rows_DN).t()
+
+
+def linear_into(out_O: Tensor, row_1D: Tensor, weight_OD: Tensor) -> None:
+    """`linear` of one row, to the bit, written to out_O [O]."""
+    if weight_first(1, weight_OD):
+        torch.mv(weight_OD, row_1D[0], out=out_O)
+    else:
+        torch.mm(row_1D, weight_OD.t(), out=out_O[None])
 
 
 class WeightFirstLinear(nn.Linear):

@@ -119,8 +119,10 @@ def module_of(
 @pytest.mark.parametrize(
     ("act", "has_gate"), [("silu", True), ("gelu_pytorch_tanh", False), ("relu2", False), ("tanh", True)]
 )
-@pytest.mark.parametrize("width", [640, 1408])
-def test_one_row_gets_the_same_bits_from_experts_together_and_alone(act, has_gate, width):
+@pytest.mark.parametrize("width", [128, 640, 1408])
+@pytest.mark.parametrize("amx", [True, False])
+def test_one_row_gets_the_same_bits_from_experts_together_and_alone(act, has_gate, width, amx, monkeypatch):
+    monkeypatch.setattr("expertflow.models.products.has_amx", lambda: amx)
     module, weights = module_of(width, 1024, act, has_gate)
     products = Products(module, frozenset())
     for seed, chosen in enumerate(([0, 1, 2, 3], [5, 4, 3, 2], [1, 5])):
@@ -135,7 +137,6 @@ def test_one_row_gets_the_same_bits_from_experts_together_and_alone(act, has_gat
     ("width", "flags", "stored_transposed"),
     [
         (1000, {}, ()),  # odd elements at the end of a row
-        (64, {}, ()),  # so small that `linear` is F.linear
         (8192, {}, ()),  # an activation of four rows is divided among threads
         (640, {"act_fn": nn.Softmax(dim=0)}, ()),  # not each row's own
         (640, {"has_bias": True}, ()),

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from expertflow.models.products import WeightFirstLinear, linear, speed_up_dense, weight_first
+from expertflow.models import products
+from expertflow.models.products import WeightFirstLinear, linear, linear_into, speed_up_dense, weight_first
 
 OUT, IN = 768, 704  # just above a MiB of bf16
 
@@ -16,11 +17,18 @@ def weight(dtype: torch.dtype = torch.bfloat16, out: int = OUT) -> torch.Tensor:
     return torch.randn(out, IN, generator=torch.Generator().manual_seed(0)).mul(0.05).to(dtype)
 
 
+@pytest.fixture(params=[True, False], ids=["amx", "no amx"])
+def amx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both kinds of processor: the products of either run on any."""
+    monkeypatch.setattr(products, "has_amx", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 8, 17, 64, 65])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
 def test_equals_the_exact_product_as_closely_as_f_linear_does(
-    num_rows: int, with_bias: bool, strided: bool
+    amx: bool, num_rows: int, with_bias: bool, strided: bool
 ) -> None:
     rows = torch.randn(num_rows, IN, generator=torch.Generator().manual_seed(num_rows)).bfloat16()
     if strided:  # as the gate leaves the inner activations
@@ -35,9 +43,17 @@ def test_equals_the_exact_product_as_closely_as_f_linear_does(
         assert (out.double() - exact).norm() <= allowed
 
 
-def test_the_weight_goes_first_where_it_pays_and_nowhere_else() -> None:
-    assert weight_first(1, weight())
-    assert weight_first(64, weight())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_row_into_a_given_place_has_the_same_bits(amx: bool, dtype: torch.dtype) -> None:
+    row, W, out = torch.randn(1, IN).to(dtype), weight(dtype), torch.full((3, OUT), 7.0).to(dtype)
+    linear_into(out[1], row, W)
+    assert torch.equal(out[1], linear(row, W)[0])
+    assert (out[[0, 2]] == 7).all()
+
+
+def test_the_weight_goes_first_where_it_pays_and_nowhere_else(amx: bool) -> None:
+    assert weight_first(1, weight()) is amx
+    assert weight_first(64, weight()) is amx
     assert not weight_first(65, weight())
     assert not weight_first(1, weight(torch.float32))
     assert not weight_first(1, weight(torch.float16))
@@ -50,7 +66,18 @@ def test_float32_is_f_linear_to_the_bit() -> None:
     assert torch.equal(linear(rows, W), F.linear(rows, W))
 
 
-def test_dense_projections_keep_names_shapes_and_values() -> None:
+def test_without_tiles_or_a_word_on_them_nothing_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = {"amx_tile": True, "amx_bf16": True}
+    for capabilities, found in ((tiles, True), ({**tiles, "amx_bf16": False}, False), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=capabilities: known, raising=False)
+        assert products.has_amx.__wrapped__() is found
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert products.has_amx.__wrapped__() is False
+
+
+def test_dense_projections_keep_names_shapes_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "has_amx", lambda: True)
+
     class Special(nn.Linear):
         pass
 
