@@ -55,6 +55,7 @@ PROMPTS = (
 # about 1. Logits carry the rounding of all layers, in half precision with now and then another route.
 LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 LAYER_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 HINTS = ("nothing", "noise", "everything")
 Progress = Callable[[str], None]
 
@@ -179,6 +180,7 @@ def run_check(
     prompts: Sequence[str] | None = None,
     max_new_tokens: int = 32,
     seed: int = 0,
+    dtype: str = "auto",
     layer_by_layer: bool = False,
     as_json: bool = False,
     console: Console | None = None,
@@ -186,6 +188,7 @@ def run_check(
     """The command: check and print. Returns the exit status, 1 when parity fails."""
     from rich.console import Console as RichConsole
 
+    _refuse_unknown(dtype)
     console = console or RichConsole()
     progress: Progress | None = None
     if not as_json:
@@ -199,6 +202,7 @@ def run_check(
         prompts=prompts,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        dtype=dtype,
         layer_by_layer=layer_by_layer,
         on_progress=progress,
     )
@@ -217,14 +221,17 @@ def check_model(
     prompts: Sequence[str] | None = None,
     max_new_tokens: int = 32,
     seed: int = 0,
+    dtype: str = "auto",
     layer_by_layer: bool = False,
     on_progress: Progress | None = None,
 ) -> CheckReport:
     """Compare the checkpoint in `folder`, under `settings`, with itself and with transformers.
 
-    Settings without memory or cache_size keep a quarter of the experts. layer_by_layer: even when the
-    whole model fits in memory. ValueError when not even one layer fits beside the model.
+    Settings without memory or cache_size keep a quarter of the experts. dtype: of DTYPES, what both compute
+    in; "auto" is the checkpoint's. layer_by_layer: even when the whole model fits in memory. ValueError
+    when not even one layer fits beside the model.
     """
+    _refuse_unknown(dtype)
     started = time.perf_counter()
     say = on_progress or (lambda step: None)
     settings = settings.on_cpu("check")
@@ -238,20 +245,19 @@ def check_model(
             f"raise --context, or check with shorter prompts"
         )
     available = max(0, budget.free_bytes() - budget.process_bytes())
-    weights_bytes = sum(identity.nbytes for identity in checkpoint.identities.values())
-    fits = weights_bytes <= available
+    fits = _weights_bytes(checkpoint, dtype) <= available
     whole = fits and not layer_by_layer
     theirs: _Run | None = None
     if whole:
         say("transformers, with its eager experts")
-        theirs = _run_transformers(folder, inputs, max_new_tokens)
-    settings = _bounded(settings, folder, available, fits)
+        theirs = _run_transformers(folder, dtype, inputs, max_new_tokens)
+    settings = _bounded(settings, folder, dtype, available, fits)
     ours: list[Comparison] = []
     layers: list[LayerComparison] = []
-    with _loaded(folder, settings) as model:
+    with _loaded(folder, settings, dtype) as model:
         say("expertflow, as it would run")
         base = _run(model, inputs, max_new_tokens)
-        dtype, attached = model.dtype, _attached(model)
+        computed, attached = model.dtype, _attached(model)
         num_slots, shape = attached.cache.num_slots, attached.cache.shape
         for kind in HINTS:
             say(f"mispredictions: prefetch {kind}")
@@ -267,7 +273,7 @@ def check_model(
         variants["all experts resident"] = float(max(shape.experts_per_layer))
     for name, cache_size in variants.items():
         say(name)
-        with _loaded(folder, replace(settings, memory=None, cache_size=cache_size)) as model:
+        with _loaded(folder, replace(settings, memory=None, cache_size=cache_size), dtype) as model:
             ours.append(_compare(name, _run(model, inputs, max_new_tokens), base, inputs))
         del model
     tolerances = LOGIT_TOLERANCE if whole else LAYER_TOLERANCE
@@ -275,7 +281,7 @@ def check_model(
     return CheckReport(
         model=str(folder),
         mode="whole" if whole else "layer by layer",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(computed).removeprefix("torch."),
         num_slots=num_slots,
         num_experts=shape.num_experts,
         num_prompts=len(inputs),
@@ -284,14 +290,19 @@ def check_model(
         transformers=None if theirs is None else _compare("transformers", base, theirs, inputs),
         layers=tuple(layers),
         magnitude=max(logits.abs().max().item() for logits in (theirs or base).logits),
-        tolerance=tolerances[dtype],
-        tokens_must_agree=dtype.itemsize >= 4,
+        tolerance=tolerances[computed],
+        tokens_must_agree=computed.itemsize >= 4,
         seconds=time.perf_counter() - started,
         peak_bytes=peak if sys.platform == "darwin" else peak * 1024,
     )
 
 
 # Prompts and settings.
+
+
+def _refuse_unknown(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one to check in; use {', '.join(DTYPES)}")
 
 
 def _token_ids(folder: Path, prompts: Sequence[str] | None, seed: int) -> list[Tensor]:
@@ -317,11 +328,21 @@ def _token_ids(folder: Path, prompts: Sequence[str] | None, seed: int) -> list[T
     return ids
 
 
-def _bounded(settings: Settings, folder: Path, available: int, fits: bool) -> Settings:
+def _weights_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Of the whole model in memory."""
+    stored = sum(identity.nbytes for identity in checkpoint.identities.values())
+    if dtype == "auto":
+        return stored
+    spans = checkpoint.spans.values()
+    widest = max((span.dtype.itemsize for span in spans if span.dtype.is_floating_point), default=4)
+    return stored * getattr(torch, dtype).itemsize // widest
+
+
+def _bounded(settings: Settings, folder: Path, dtype: str, available: int, fits: bool) -> Settings:
     """Settings that leave room for the reference and do not simply hold every expert."""
     if settings.memory is not None or settings.cache_size is not None:
         return settings
-    skeleton = _Reference(folder)
+    skeleton = _Reference(folder, dtype)
     if fits:
         return replace(settings, cache_size=max(1.0, skeleton.most_experts / 4))
     reserve = 2 * skeleton.largest_layer_bytes
@@ -343,9 +364,12 @@ class _Run:
 
 
 @contextmanager
-def _loaded(folder: Path, settings: Settings) -> Iterator[PreTrainedModel]:
+def _loaded(folder: Path, settings: Settings, dtype: str) -> Iterator[PreTrainedModel]:
     model = model_class(read_config(folder), str(folder)).from_pretrained(
-        folder, quantization_config=ExpertFlowConfig(**asdict(settings)), trust_remote_code=False
+        folder,
+        dtype=dtype,
+        quantization_config=ExpertFlowConfig(**asdict(settings)),
+        trust_remote_code=False,
     )
     try:
         yield model
@@ -359,9 +383,9 @@ def _attached(model: PreTrainedModel) -> LoadedExperts:
     return cast(LoadedExperts, model.expertflow)
 
 
-def _run_transformers(folder: Path, inputs: Sequence[Tensor], max_new_tokens: int) -> _Run:
+def _run_transformers(folder: Path, dtype: str, inputs: Sequence[Tensor], max_new_tokens: int) -> _Run:
     model = model_class(read_config(folder), str(folder)).from_pretrained(
-        folder, experts_implementation="eager", trust_remote_code=False
+        folder, dtype=dtype, experts_implementation="eager", trust_remote_code=False
     )
     try:
         return _run(model, inputs, max_new_tokens)
@@ -445,13 +469,16 @@ def _compare(name: str, ours: _Run, theirs: _Run, inputs: Sequence[Tensor]) -> C
 class _Reference:
     """transformers' own experts modules, one at a time: a model on meta whose layers are filled in turn."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dtype: str):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._experts_implementation = "eager"
         self.folder = folder
         with torch.device("meta"):
             auto_class = model_class(read_config(folder), str(folder))
-            self.model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=False).eval()
+            given = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+            self.model: PreTrainedModel = auto_class.from_config(
+                config, trust_remote_code=False, **given
+            ).eval()
         moe_layers = find_moe_layers(self.model)
         if not moe_layers:
             raise ValueError(f"{folder}: {type(self.model).__name__} has no experts to check")
@@ -519,7 +546,7 @@ def _check_layers(
     model: PreTrainedModel, folder: Path, checkpoint: Checkpoint, inputs: Sequence[Tensor], say: Progress
 ) -> list[LayerComparison]:
     """Run each prompt through our model, then each layer's reference over all its hidden states at once."""
-    reference = _Reference(folder)
+    reference = _Reference(folder, str(model.dtype).removeprefix("torch."))
     reference.index(checkpoint)
     seen: dict[str, list[tuple[tuple, dict[str, Any], Tensor]]] = {name: [] for name in reference.names}
 

@@ -43,6 +43,33 @@ def test_whole_model(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_a_checkpoint_in_half_precision_is_compared_in_float32_when_asked(layer_by_layer, tmp_path):
+    folder = write_checkpoint("mixtral", tmp_path, dtype=torch.bfloat16)
+    report = check_model(
+        folder, Settings(cache_size=2), dtype="float32", layer_by_layer=layer_by_layer, **QUICK
+    )
+    assert report.passed, report.lines()
+    assert report.dtype == "float32"
+    assert report.tokens_must_agree
+    if layer_by_layer:
+        assert max(layer.largest / layer.magnitude for layer in report.layers) < 1e-6
+    else:
+        assert report.transformers.equal_tokens == report.transformers.tokens
+        assert report.transformers.largest < 1e-5 * report.magnitude
+
+
+def test_whether_the_model_fits_is_asked_of_the_dtype_it_gets(tmp_path, monkeypatch):
+    """Room for the weights in bfloat16, but not in float32."""
+    folder = write_checkpoint("mixtral", tmp_path, dtype=torch.bfloat16)
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    monkeypatch.setattr(budget, "free_bytes", lambda: budget_held + int(1.5 * stored))
+    budget_held = 2**30
+    monkeypatch.setattr(budget, "process_bytes", lambda: budget_held)
+    assert check_model(folder, Settings(cache_size=2), **QUICK).mode == "whole"
+    assert check_model(folder, Settings(cache_size=2), dtype="float32", **QUICK).mode == "layer by layer"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe", "switch", "deepseek_v3_mtp"])
 def test_layer_by_layer(name, dtype, tmp_path):

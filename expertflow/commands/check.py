@@ -30,6 +30,13 @@ def check(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="greedy tokens to compare after each prompt")] = 32,
     seed: Annotated[int, typer.Option(help="of the forced mispredictions")] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16",
+            help="what both compute in; auto is the checkpoint's, and float32 hardly rounds",
+        ),
+    ] = "auto",
     layer_by_layer: Annotated[
         bool, typer.Option("--layer-by-layer", help="even when the whole model fits in memory")
     ] = False,
@@ -55,6 +62,7 @@ def check(
         prompts=prompt or None,
         max_new_tokens=max_tokens,
         seed=seed,
+        dtype=dtype,
         layer_by_layer=layer_by_layer,
         as_json=json,
     )
@@ -96,8 +104,12 @@ def demo(
         from expertflow import report
 
         print_tables(report.collect(llm), console)
-    from expertflow.check import run_check
+    from expertflow.check import check_model, run_check
 
     console.print("\nIs that what transformers would compute? The same model, all in memory, beside ours:")
     settings = Settings(cache_size=DEMO_CACHE_SIZE, context=512)
-    raise typer.Exit(run_check(str(folder), settings, prompts=[prompt], max_new_tokens=16, console=console))
+    status = run_check(str(folder), settings, prompts=[prompt], max_new_tokens=16, console=console)
+    console.print("\nAnd in float32, where hardly two tokens are tied:")
+    exact = check_model(folder, settings, prompts=[prompt], max_new_tokens=16, dtype="float32")
+    console.print(exact.lines()[-1])
+    raise typer.Exit(status or not exact.passed)
