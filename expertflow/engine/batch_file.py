@@ -129,11 +129,34 @@ def _openai(line: int, given: dict[str, Any], known: dict[str, str]) -> BatchReq
             raise ValueError(f"{name}={value!r} has no meaning in a batch; leave it out")
     if "max_completion_tokens" in wishes:
         wishes["max_tokens"] = wishes.pop("max_completion_tokens")
+    seed = wishes.get("seed")
+    if type(seed) is int and -(2**63) <= seed < 0:
+        wishes["seed"] = seed % 2**64  # OpenAI's are signed
+    wishes["messages"] = _with_joined_parts(wishes.get("messages"))
     prompt, messages = _what_to_answer(wishes)
     if (messages is None) == (url == CHAT):
         wanted = "messages" if url == CHAT else "prompt"
         raise ValueError(f"{url} takes {wanted!r}, and body has none")
     return BatchRequest(line, identity, prompt, messages, _sampling(wishes), url, model)
+
+
+def _with_joined_parts(messages: Any) -> Any:
+    """OpenAI's content may be a list of parts; those of text become one text, anything else is left for the checks."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {**message, "content": "".join(part["text"] for part in message["content"])}
+        if isinstance(message, dict) and _is_text_parts(message.get("content"))
+        else message
+        for message in messages
+    ]
+
+
+def _is_text_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    )
 
 
 def _identity(name: str, value: Any) -> str:

@@ -115,6 +115,31 @@ def test_a_line_that_is_json_and_no_text_is_an_error_of_its_own(raw: bytes, mess
     json.dumps(error_line(error), ensure_ascii=False).encode()
 
 
+def test_openai_s_parts_of_text_and_signed_seeds() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    line = parsed(openai(CHAT, messages=[{"role": "user", "content": parts}], seed=-1))
+    assert isinstance(line, BatchRequest)
+    assert line.messages == [{"role": "user", "content": "Hello"}]
+    assert line.sampling["seed"] == 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "of text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "of text"),
+        ({"messages": "Hello"}, "messages must be a list"),
+        ({"messages": ["Hello"]}, "of text"),
+        ({"messages": HELLO, "seed": -(2**63) - 1}, "seed"),
+        ({"messages": HELLO, "seed": True}, "seed"),
+    ],
+)
+def test_what_is_no_text_and_no_seed_is_an_error_of_its_line(body: dict, message: str) -> None:
+    error = parsed(openai(CHAT, **body))
+    assert isinstance(error, LineError)
+    assert message in error.message
+
+
 def test_a_file_is_read_line_by_line_and_ids_are_used_once(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "a", "id": "x"}\n\n  \nnonsense\n{"prompt": "b", "id": "x"}\n"c"')
