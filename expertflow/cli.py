@@ -6,6 +6,7 @@ are inside the commands: torch takes seconds to import, and `--help` must not.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -79,10 +80,20 @@ def _expertflow(
 
 def main() -> None:
     """Entry point. Leaves with 0, with 2 after an error, with 130 after Ctrl-C."""
+    _open_closed_streams()
     try:
         app()
     except KeyboardInterrupt:  # between typer's own handling and the end
         sys.exit(130)
+
+
+def _open_closed_streams() -> None:
+    """`expertflow ... >&-`: output goes nowhere, and no checkpoint is opened under the number of stdout."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            file = open(os.devnull, mode)  # noqa: SIM115 - as long as the process
+            assert file.fileno() == number, "somebody took it first"
+            setattr(sys, name, file)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ def test_prompt_from_a_file_or_stdin(folder: Path, greedy: str, tmp_path: Path) 
     (tmp_path / "prompt.txt").write_text("Hello")
     assert run(folder, "--file", tmp_path / "prompt.txt", *GREEDY).stdout == greedy + "\n"
     assert run(folder, *GREEDY, stdin="Hello").stdout == greedy + "\n"
+    for end in ("\n", "\r\n"):
+        assert run(folder, *GREEDY, stdin=f"Hello{end}").stdout == greedy + "\n", "as echo ends it"
+    assert run(folder, *GREEDY, stdin="Hello\n\n").stdout != greedy + "\n", "one newline was meant"
 
 
 class Recorded(Exception):
@@ -271,11 +274,16 @@ def test_chat_without_a_template_is_refused(folder: Path) -> None:
         (["run", "m", "hi", "--store", "tape"], "store='tape' is unknown"),
         (["run", "m", "hi", "--top-p", "2"], "top_p=2.0 must be"),
         (["run", "m", "hi", "--file", "x"], "give one of them"),
-        (["run", "m", "--file", "/no/where.txt"], "/no/where.txt"),
+        (
+            ["run", "m", "--file", "/no/where.txt"],
+            "/no/where.txt: No such file or directory; check the spelling",
+        ),
+        (["run", "m", "--file", "/"], "/: Is a directory; name a file in it"),
         (["run", "m", "hi", "--system", "x"], "add --chat"),
         (["run", "m", "hi", "--stats-json", "/no/where/x.json"], "/no/where does not exist"),
         (["plan", "m", "--memory", "6"], "has no unit"),
         (["check", "m", "--memory", "6"], "has no unit"),
+        (["check", "m", "--dtype", "int8"], "use auto, float32, bfloat16, float16"),
         (["stats", "/no/where.json"], "/no/where.json"),
         (["stats", __file__], "is not JSON"),
         (["demo", "--model", "/no/where"], "/no/where does not exist"),
@@ -305,7 +313,19 @@ def test_plan_and_check_pass_their_flags(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("expertflow.check.run_check", lambda *a, **k: calls.append((a, k)) or 0)
     flags = ["m", "--cache-size", 4, "--revision", "v2", "--json"]
     assert invoke("plan", *flags, "--hit-ratio", 0.5, "--past", 7).exit_code == 1
-    more = ["--prompt", "a", "--prompt", "b", "--max-tokens", 5, "--seed", 6, "--layer-by-layer"]
+    more = [
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+        "--max-tokens",
+        5,
+        "--seed",
+        6,
+        "--dtype",
+        "float16",
+        "--layer-by-layer",
+    ]
     assert invoke("check", *flags, *more).exit_code == 0
     settings = Settings(cache_size=4.0)
     assert calls == [
@@ -317,6 +337,7 @@ def test_plan_and_check_pass_their_flags(monkeypatch: pytest.MonkeyPatch) -> Non
                 "prompts": ["a", "b"],
                 "max_new_tokens": 5,
                 "seed": 6,
+                "dtype": "float16",
                 "layer_by_layer": True,
                 "as_json": True,
             },
@@ -431,6 +452,30 @@ def test_demo_shows_a_sample_statistics_and_parity(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     for words in ("Hello", "hit ratio", "transformers", "passed"):
         assert words in result.stdout
+    assert "max |Δlogit|" in result.stdout.split("And in float32")[1]
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams_are_nobodys_files(closed: tuple[int, ...], folder: Path, tmp_path: Path) -> None:
+    """`expertflow run ... >&-` is no traceback, and nothing else gets the numbers of the streams."""
+    saved = tmp_path / "run.json"
+    script = "import os, sys\n"
+    script += f"for number in {closed}: os.close(number)\n"
+    # A new interpreter, since this one has its streams already.
+    script += "os.execv(sys.executable, [sys.executable, '-m', 'expertflow.cli', *sys.argv[1:]])"
+    arguments = ["run", folder, "Hello", "--cache-size", 3, *GREEDY, "--stats-json", saved]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads(saved.read_text())["timing"]["generated_tokens"] > 0
 
 
 def expertflow(*arguments: object) -> subprocess.Popen[str]:

@@ -5,6 +5,7 @@ No value is repeated here: a field with its help is a flag.
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import types
@@ -97,7 +98,7 @@ def takes(**groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., A
             except (ValueError, OSError) as error:
                 if debug:
                     raise
-                typer.echo(f"error: {str(error).strip() or type(error).__name__}", err=True)
+                typer.echo(f"error: {message_of(error)}", err=True)
                 raise typer.Exit(EXIT_ERROR) from None
 
         parameters = [*kept, *(flag for group in flags.values() for flag in group), debug]
@@ -107,6 +108,27 @@ def takes(**groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., A
         return wrapper
 
     return decorate
+
+
+_REMEDIES = {
+    errno.ENOENT: "check the spelling",
+    errno.ENOTDIR: "a part of this path is no folder",
+    errno.EISDIR: "name a file in it",
+    errno.EACCES: "allow reading or writing there, or name another place",
+    errno.EPERM: "allow reading or writing there, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOSPC: "free some room, or name a place on another disk",
+    errno.EDQUOT: "free some room, or name a place on another disk",
+    errno.ENAMETOOLONG: "shorten it",
+}
+
+
+def message_of(error: ValueError | OSError) -> str:
+    """What a user is told. An error straight from the system names its file first and gets a remedy."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        remedy = _REMEDIES.get(error.errno)
+        return f"{error.filename}: {error.strerror}" + (f"; {remedy}" if remedy else "")
+    return str(error).strip() or type(error).__name__
 
 
 _PANELS = {

@@ -38,7 +38,10 @@ def run(
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="text to continue; without it --file, or stdin")
     ] = None,
-    file: Annotated[Path | None, typer.Option(metavar="FILE", help="read the prompt from this file")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="read the prompt from this file, without the newline at its end"),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="a conversation, by the model's chat template")
     ] = False,
@@ -91,7 +94,7 @@ def _read_prompt(prompt: str | None, file: Path | None, chat: bool) -> str | Non
         raise ValueError("a prompt and --file were both given; give one of them")
     if file is not None:
         try:
-            return file.read_text(encoding="utf-8")
+            return _without_last_newline(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no text in UTF-8 ({error}); convert it (iconv -t UTF-8)") from None
     if prompt is not None or chat:
@@ -100,4 +103,9 @@ def _read_prompt(prompt: str | None, file: Path | None, chat: bool) -> str | Non
         raise ValueError(
             "no prompt: give it as an argument, with --file, or on stdin; or --chat for a conversation"
         )
-    return sys.stdin.read()
+    return _without_last_newline(sys.stdin.read())
+
+
+def _without_last_newline(text: str) -> str:
+    """As editors and `echo` end a text; one that the prompt is meant to have needs another after it."""
+    return text.removesuffix("\n").removesuffix("\r")
