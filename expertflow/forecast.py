@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import constants
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from expertflow import budget
 from expertflow.budget import MemoryPlan, plan_memory
@@ -112,8 +112,10 @@ def plan_model(
     config, checkpoint, commit, fetched_bytes = _find(source, revision, endpoint)
     skeleton = build_skeleton(config, checkpoint)
     settings = honoured_prefill(skeleton.model, settings.on_cpu("plan"))
-    memory, fits = _fit(skeleton, settings)
     downloaded = commit is None
+    tokenizer = _tokenizer(checkpoint.folder) if downloaded else None
+    memory, fits = _fit(skeleton, settings)
+    del tokenizer  # it was to be counted: `run` holds one, of tens of MB where the vocabulary is large
     disk_folder = checkpoint.folder if downloaded else Path(constants.HF_HUB_CACHE)
     if machine is None:
         machine = _measure(skeleton, settings, disk_folder, checkpoint.files if downloaded else ())
@@ -210,16 +212,30 @@ def _read_config(folder: Path, source: str) -> PretrainedConfig:
         raise unknown_architecture(source, fields["model_type"], error) from None
 
 
+# What `run` holds when it counts is 1 to 3 MiB more than what is held here: the smallest budget should work there.
+_FROM_RUN_TO_RUN = 4 * 2**20
+
+
 def _fit(skeleton: Skeleton, settings: Settings) -> tuple[MemoryPlan, bool]:
     """The plan for the budget, or for the smallest that works, and which of both it is."""
     model = measure_model(skeleton.model, skeleton.moe_layers, skeleton.slot_bytes, skeleton.staging_bytes)
-    held = budget.process_bytes() + (skeleton.expert_bytes if settings.store == "ram" else 0)
+    held = (
+        budget.process_bytes() + _FROM_RUN_TO_RUN + (skeleton.expert_bytes if settings.store == "ram" else 0)
+    )
     free = budget.free_bytes()
     asked = predictor_bytes(skeleton.model, skeleton.moe_layers, settings)
     least = plan_memory(model, replace(settings, memory=None, cache_size=1e-9), held, free, asked)
     if settings.cache_size is None and (_budget_bytes(settings) or free) < least.total_bytes:
         return replace(least, budget_bytes=_budget_bytes(settings) or free), False
     return plan_memory(model, settings, held, free, asked), True
+
+
+def _tokenizer(folder: Path) -> object:
+    """The folder's, or None: that one is missing is for `run` to say."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError):
+        return None
 
 
 def _prompt_hit_ratio(work: Work, memory: MemoryPlan, settings: Settings) -> float:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -289,7 +292,43 @@ def test_experts_in_ram_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     on_disk, in_ram = (
         plan(folder, cache_size=2, store=store).memory.process_bytes for store in ("disk", "ram")
     )
-    assert (on_disk, in_ram) == (1000, 1000 + 16 * 3 * 24 * 32 * 4)
+    assert in_ram - on_disk == 16 * 3 * 24 * 32 * 4
+    assert 1000 < on_disk <= 1000 + 2**23, "and a little, by which `run` holds more"
+
+
+def test_the_tokenizer_that_run_holds_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    monkeypatch.setattr(forecast_module.budget, "process_bytes", lambda: 1000 + sum(map(len, held)))
+
+    class Tokenizer(str):
+        def __del__(self) -> None:
+            held.clear()
+
+    def load(where: Path, **_: Any) -> Tokenizer:
+        assert where == folder
+        held.append("x" * 10**8)
+        return Tokenizer()
+
+    without = plan(folder, cache_size=2).memory.process_bytes
+    monkeypatch.setattr(forecast_module.AutoTokenizer, "from_pretrained", load)
+    assert plan(folder, cache_size=2).memory.process_bytes == without + 10**8
+
+
+def test_the_smallest_budget_that_plan_names_works_for_run(folder: Path) -> None:
+    """Two processes, as a user has them."""
+    command = [sys.executable, "-m", "expertflow.cli"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "200"}
+    planned = subprocess.run(
+        [*command, "plan", folder, "--memory", "10MiB", "--json"],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert planned.returncode == 1, planned.stderr
+    smallest = json.loads(planned.stdout)["smallest_budget"]
+    ran = subprocess.run(
+        [*command, "run", folder, "Hello", "--max-tokens", "2", "--memory", f"{smallest // 2**20}MiB"],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_predictor_takes_memory_and_its_setting_is_checked(

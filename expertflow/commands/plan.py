@@ -34,6 +34,7 @@ def plan(
     """
     checked = Settings(**settings)
     quiet_unless_terminal()
+    import expertflow.engine.llm  # noqa: F401 - what `run` holds is counted by what this process holds
     from expertflow.forecast import run_plan
 
     status = run_plan(model, checked, revision=revision, hit_ratio=hit_ratio, past=past, as_json=json)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.stats import CacheStats
 from expertflow.config import Settings, format_bytes
@@ -23,7 +23,7 @@ from expertflow.engine.interrupts import Interrupts
 from expertflow.engine.request import RequestOutput, Row, TextStream
 from expertflow.engine.runner import decode, read_pairs
 from expertflow.engine.sampling import SamplingParams
-from expertflow.engine.source import model_class, read_config, resolve_model
+from expertflow.engine.source import load_tokenizer, model_class, read_config, resolve_model
 from expertflow.models.attach import ExpertFlowConfig, LoadedExperts
 from expertflow.timeline import Timeline
 
@@ -66,10 +66,11 @@ class LLM:
         folder = resolve_model(model, revision)
         self.name = str(model)
         self.folder = folder
+        # Before the model: a vocabulary takes tens of MB, and what this process holds counts against the budget.
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
         self.model: PreTrainedModel = model_class(read_config(folder), str(folder)).from_pretrained(
             folder, quantization_config=quantization_config, trust_remote_code=False
         )
-        self.tokenizer: PreTrainedTokenizerBase = _load_tokenizer(folder)
         self.experts: LoadedExperts = self.model.expertflow
         self.settings: Settings = self.experts.settings
         self._default_params = _recommended_params(self.model)
@@ -316,23 +317,6 @@ def _utf8(text: str, what: str) -> str:
             f"(iconv -t UTF-8), or leave that out"
         ) from None
     return text
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    reason = "none of its files is there"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # For some architectures transformers makes an empty tokenizer out of nothing.
-        if any(
-            (folder / name).exists() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())
-        ):
-            return tokenizer
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-    raise ValueError(
-        f"{folder} has no tokenizer that can be loaded ({reason}); download tokenizer.json and "
-        f"tokenizer_config.json of the model into it"
-    )
 
 
 def _recommended_params(model: PreTrainedModel) -> SamplingParams:

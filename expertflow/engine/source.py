@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from expertflow.hub_headers import _clear_errors as clear_hub_errors
 from expertflow.store.quantized import refuse_quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SMALL_FILES = ("*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors")
@@ -188,3 +191,23 @@ def check_has_experts(folder: Path, where: str) -> None:
             f"it "
             f"with transformers or accelerate directly"
         )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's own. ValueError, naming the files to download, where there is none."""
+    from transformers import AutoTokenizer
+
+    reason = "none of its files is there"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # For some architectures transformers makes an empty tokenizer out of nothing.
+        if any(
+            (folder / name).exists() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())
+        ):
+            return tokenizer
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+    raise ValueError(
+        f"{folder} has no tokenizer that can be loaded ({reason}); download tokenizer.json and "
+        f"tokenizer_config.json of the model into it"
+    )

@@ -399,7 +399,11 @@ def test_unknown_settings_are_refused_before_loading(tmp_path: Path) -> None:
         LLM(tmp_path, memmory="6GiB")
 
 
-def test_a_folder_without_tokenizer_is_an_error_with_remedy(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_is_an_error_with_remedy(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before weights are read; so what it holds is there when memory is planned."""
+    monkeypatch.setattr("expertflow.engine.llm.model_class", lambda *_: pytest.fail("loads a model"))
     target = rewrite(folder, tmp_path / "model", "config.json")
     for path in target.glob("tokenizer*"):
         path.unlink()
