@@ -7,6 +7,7 @@ the disk while attention computes; demands go before it, and guesses that are no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,24 +18,51 @@ from transformers import PreTrainedModel
 from expertflow.core import ExpertId
 from expertflow.models.spans import MoELayer
 
+logger = logging.getLogger(__name__)
 # Of more tokens nearly every expert is needed, and demand loads keep the disk busy anyway.
 MAX_TOKENS = 8
+
+
+class Failure:
+    """Of any layer's look-ahead: whether it is still asked, which all layers share."""
+
+    def __init__(self) -> None:
+        self.cause: str | None = None
+
+    def note(self, error: Exception) -> None:
+        self.cause = f"{type(error).__name__}: {error}"
+        logger.warning(
+            "look-ahead failed (%s) and is not asked again; the run goes on without it, and its output is the same",
+            self.cause,
+        )
 
 
 class LookAhead:
     """Predicts a layer's experts from the hidden states that enter the MoE block before it."""
 
-    def __init__(self, router: nn.Module, layer: int, num_experts: int):
+    def __init__(self, router: nn.Module, layer: int, num_experts: int, failure: Failure | None = None):
         self.router = router
         self.layer = layer
         self.num_experts = num_experts
+        self.failure = failure or Failure()
 
-    @torch.no_grad()
     def predict(self, hidden_TD: Tensor) -> list[ExpertId]:
-        """Experts that the router would choose, those wanted by most tokens first. [] for many tokens."""
-        if hidden_TD.shape[0] > MAX_TOKENS:
+        """Experts that the router would choose, those wanted by most tokens first.
+
+        [] for many tokens, and after a failure: a router may want more than the hidden states.
+        """
+        if hidden_TD.shape[0] > MAX_TOKENS or self.failure.cause is not None:
             return []
-        index_TK = chosen_experts(self.router(hidden_TD))
+        try:
+            with torch.no_grad():
+                return self._predict(hidden_TD)
+        except Exception as error:
+            self.failure.note(error)
+            return []
+
+    def _predict(self, hidden_TD: Tensor) -> list[ExpertId]:
+        # Not called as a module: hooks are for the router's own turn (transformers records router logits by one).
+        index_TK = chosen_experts(self.router.forward(hidden_TD))
         if index_TK is None:
             return []
         experts, counts = index_TK.reshape(-1).unique(return_counts=True)
@@ -58,11 +86,12 @@ def look_ahead_for(model: PreTrainedModel, moe_layers: Sequence[MoELayer]) -> li
     outside of it; Switch gives a mask), and for the last layer: the first one's input is not known yet.
     """
     found: list[LookAhead | None] = []
+    failure = Failure()
     for layer in moe_layers[1:]:
         block = model.get_submodule(layer.name.rpartition(".")[0])
         router = next((child for name, child in block.named_children() if name in ("gate", "router")), None)
         if router is None or layer.one_module_per_expert:
             found.append(None)
         else:
-            found.append(LookAhead(router, layer.layer, layer.num_experts))
+            found.append(LookAhead(router, layer.layer, layer.num_experts, failure))
     return [*found, None]

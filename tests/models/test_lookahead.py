@@ -56,6 +56,40 @@ def test_it_prefetches_when_asked_and_changes_no_bit(folder: Path) -> None:
     without.expertflow.close()
 
 
+def test_what_transformers_records_of_routers_is_each_layer_s_once(folder: Path) -> None:
+    """It listens by hooks, and look-ahead asks the same routers."""
+    with_it, without = load(folder), load(folder, look_ahead=False)
+    ids = torch.tensor([[7, 8, 9]])
+    for _ in range(2):  # the second time routers are known
+        heard, expected = (model(input_ids=ids, output_router_logits=True) for model in (with_it, without))
+        assert len(heard.router_logits) == len(expected.router_logits) == len(with_it.expertflow.moe_layers)
+        assert all(map(torch.equal, heard.router_logits, expected.router_logits))
+        assert torch.equal(heard.aux_loss, expected.aux_loss)
+    with_it.expertflow.close()
+    without.expertflow.close()
+
+
+def test_a_router_that_fails_when_asked_ahead_is_not_asked_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, without = load(folder), load(folder, look_ahead=False)
+    asked = []
+
+    def fail(self: LookAhead, hidden: torch.Tensor) -> list:
+        asked.append(self.layer)
+        raise TypeError("forward() missing 1 required argument")
+
+    monkeypatch.setattr(LookAhead, "_predict", fail)
+    for _ in range(3):
+        assert torch.equal(step(model), step(without))
+    assert asked == [1], "no layer after it, and no second time"
+    (told,) = [record.getMessage() for record in caplog.records if "look-ahead" in record.getMessage()]
+    assert "TypeError: forward() missing 1 required argument" in told
+    assert model.expertflow.cache.stats.prefetches == 0
+    model.expertflow.close()
+    without.expertflow.close()
+
+
 def test_models_whose_routers_name_no_experts_run_without(tmp_path: Path) -> None:
     folder = write_checkpoint("switch_safetensors", tmp_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(
