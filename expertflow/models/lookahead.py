@@ -7,6 +7,7 @@ the disk while attention computes; demands go before it, and guesses that are no
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -38,13 +39,26 @@ class Failure:
 
 
 class LookAhead:
-    """Predicts a layer's experts from the hidden states that enter the MoE block before it."""
+    """Predicts a layer's experts from the hidden states that enter the MoE block before it.
 
-    def __init__(self, router: nn.Module, layer: int, num_experts: int, failure: Failure | None = None):
+    block: the router's, which gives it what it wants beside them by name (MiniMax-M2 and LFM2: a bias).
+    """
+
+    def __init__(
+        self,
+        router: nn.Module,
+        block: nn.Module,
+        layer: int,
+        num_experts: int,
+        failure: Failure | None = None,
+    ):
         self.router = router
+        self.block = block
         self.layer = layer
         self.num_experts = num_experts
         self.failure = failure or Failure()
+        wanted = list(inspect.signature(router.forward).parameters)[1:]
+        self._from_block = [name for name in wanted if hasattr(block, name)]
 
     def predict(self, hidden_TD: Tensor) -> list[ExpertId]:
         """Experts that the router would choose, those wanted by most tokens first.
@@ -62,7 +76,8 @@ class LookAhead:
 
     def _predict(self, hidden_TD: Tensor) -> list[ExpertId]:
         # Not called as a module: hooks are for the router's own turn (transformers records router logits by one).
-        index_TK = chosen_experts(self.router.forward(hidden_TD))
+        given = {name: getattr(self.block, name) for name in self._from_block}
+        index_TK = chosen_experts(self.router.forward(hidden_TD, **given))
         if index_TK is None:
             return []
         experts, counts = index_TK.reshape(-1).unique(return_counts=True)
@@ -93,5 +108,5 @@ def look_ahead_for(model: PreTrainedModel, moe_layers: Sequence[MoELayer]) -> li
         if router is None or layer.one_module_per_expert:
             found.append(None)
         else:
-            found.append(LookAhead(router, layer.layer, layer.num_experts, failure))
+            found.append(LookAhead(router, block, layer.layer, layer.num_experts, failure))
     return [*found, None]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from expertflow import ExpertFlowConfig
-from expertflow.models.lookahead import MAX_TOKENS, LookAhead
+from expertflow.models.lookahead import MAX_TOKENS, LookAhead, chosen_experts
 from tests.families import write_checkpoint
 
 
@@ -54,6 +54,22 @@ def test_it_prefetches_when_asked_and_changes_no_bit(folder: Path) -> None:
     assert without.expertflow.cache.stats.prefetches == 0
     with_it.expertflow.close()
     without.expertflow.close()
+
+
+@pytest.mark.parametrize("name", ["minimax_m2", "lfm2_moe", "glm4_moe", "gpt_oss"])
+def test_routers_get_what_they_want_beside_hidden_states(name: str, tmp_path: Path) -> None:
+    """What is asked ahead, with the very states that the router gets, is what the router chooses."""
+    model = load(write_checkpoint(name, tmp_path))
+    before = model.expertflow.moe_layers[0]
+    ahead = model.get_submodule(before.name).expertflow.look_ahead
+    seen: list[Any] = []
+    ahead.router.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    model(input_ids=torch.tensor([[7, 8, 9]]))
+    ((states, output),) = seen
+    predicted = ahead.predict(states.reshape(-1, states.shape[-1]))
+    assert ahead.failure.cause is None
+    assert {expert.expert for expert in predicted} == set(chosen_experts(output).flatten().tolist())
+    model.expertflow.close()
 
 
 def test_what_transformers_records_of_routers_is_each_layer_s_once(folder: Path) -> None:
