@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from expertflow.models import products
-from expertflow.models.products import WeightFirstLinear, linear, linear_into, speed_up_dense, weight_first
+from expertflow.models.products import FlatLinear, linear, linear_into, speed_up_dense, weight_first
 
 OUT, IN = 768, 704  # just above a MiB of bf16
 
@@ -75,6 +75,22 @@ def test_without_tiles_or_a_word_on_them_nothing_goes_first(monkeypatch: pytest.
     assert products.has_amx.__wrapped__() is False
 
 
+def test_a_slice_of_states_does_not_copy_the_weight(amx: bool) -> None:
+    """As logits of the last token are computed, of a model whose weights are frozen."""
+    model = nn.Sequential(nn.Linear(IN, OUT, bias=False)).bfloat16().requires_grad_(False)
+    states = torch.randn(1, 5, IN).bfloat16()
+    expected = linear(states[0, -1:], model[0].weight)
+    allocated = {}
+    for name in ("torch's", "ours"):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            out = model(states[:, -1:])
+        allocated[name] = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+        torch.testing.assert_close(out, expected[None], rtol=2e-2, atol=2e-2)
+        speed_up_dense(model)
+    assert torch.equal(out, expected[None])
+    assert allocated["torch's"] >= model[0].weight.nbytes > 100 * allocated["ours"]
+
+
 def test_dense_projections_keep_names_shapes_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "has_amx", lambda: True)
 
@@ -88,7 +104,7 @@ def test_dense_projections_keep_names_shapes_and_values(monkeypatch: pytest.Monk
     x = torch.randn(2, 3, IN).bfloat16()
     before = model["big"](x)
     assert speed_up_dense(model) == 1
-    assert type(model["big"]) is WeightFirstLinear
+    assert type(model["big"]) is FlatLinear
     assert type(model["special"]) is Special
     assert list(model.state_dict()) == names
     after = model["big"](x)
