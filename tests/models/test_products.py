@@ -88,7 +88,9 @@ def test_a_slice_of_states_does_not_copy_the_weight(amx: bool) -> None:
         torch.testing.assert_close(out, expected[None], rtol=2e-2, atol=2e-2)
         speed_up_dense(model)
     assert torch.equal(out, expected[None])
-    assert allocated["torch's"] >= model[0].weight.nbytes > 100 * allocated["ours"]
+    assert allocated["ours"] < model[0].weight.nbytes / 100
+    if allocated["torch's"] < model[0].weight.nbytes:
+        pytest.skip("torch does not copy it on this processor, so nothing was shown")
 
 
 def test_dense_projections_keep_names_shapes_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
