@@ -86,7 +86,7 @@ class CacheStats:
         return now
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: the counters and the ratios made from them."""
+        """Plain JSON, as of now: the counters and the ratios made from them."""
         return {
             "num_slots": self.num_slots,
             "slot_bytes": self.slot_bytes,
@@ -103,9 +103,9 @@ class CacheStats:
             "prefetches_unused": self.prefetches_unused,
             "cancelled": self.cancelled,
             "layers": [asdict(layer) for layer in self.layers],
-            "uses_LE": self.uses_LE,
-            "misses_LE": self.misses_LE,
-            "loads_LE": self.loads_LE,
+            "uses_LE": [list(of_E) for of_E in self.uses_LE],
+            "misses_LE": [list(of_E) for of_E in self.misses_LE],
+            "loads_LE": [list(of_E) for of_E in self.loads_LE],
         }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 from types import SimpleNamespace
 
@@ -594,6 +595,16 @@ def test_statistics_of_a_scripted_run(new_cache):
     assert report["num_experts"] == 18
     assert report["io_mode"] == "fake"
     assert report["layers"][1]["in_flight"] == 1
+
+
+def test_a_report_stays_as_it_was(new_cache):
+    cache = new_cache(2)
+    consume(cache, 0, [1])
+    report = cache.stats.to_dict()
+    before = json.dumps(report)
+    consume(cache, 0, [1, 0])
+    assert json.dumps(report) == before
+    assert json.dumps(cache.stats.to_dict()) != before
 
 
 def test_a_prefetch_is_unused_when_it_goes_before_a_layer_asked_for_it(new_cache):
