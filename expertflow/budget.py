@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 from expertflow.config import Settings, format_bytes, parse_bytes
+from expertflow.early_memory import EARLY
 
 # Allocator slack, thread stacks, library pages first touched by the first forward pass, and the kernels that
 # oneDNN compiles for each matrix shape. Measured beyond the sums below, with 0.5 GB of Qwen2-MoE under
@@ -160,8 +161,12 @@ def plan_memory(
 
 
 def process_bytes() -> int:
-    """Resident set of this process: anonymous memory and mapped libraries."""
-    return psutil.Process().memory_info().rss
+    """Resident set of this process: anonymous memory and mapped libraries. Not what waits for dense weights.
+
+    Those are counted as such.
+    """
+    early = EARLY.held_bytes()
+    return psutil.Process().memory_info().rss - early
 
 
 def free_bytes() -> int:

@@ -1,4 +1,6 @@
-"""Asking the kernel for dense weights before anybody needs them. Hints only: nothing waits, nothing can fail.
+"""Asking the kernel for dense weights, and for memory to put them, before anybody needs them.
+
+Hints only: nothing waits, nothing can fail.
 
 Imports no torch, so that a command may call `read_early` before its imports: those take seconds, and the disk
 is idle meanwhile.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import operator
 import os
 import re
@@ -15,13 +18,21 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from expertflow.budget import free_bytes, process_bytes
+from expertflow.early_memory import EARLY
+
 PIECE_BYTES = 128 << 10  # Linux cuts a longer wish to the device's read-ahead, often this, and drops the rest
 MOST_BYTES = 4 << 30  # of dense weights; what the page cache drops again would be read twice
+_BUFFERS_BYTES = (
+    1 << 20
+)  # what a model holds beside its weights: tables of rotary angles, each on a page of its own
 _EXPERT = re.compile(r"(^|\.)experts\.")  # and not shared_experts
 
 
 def read_early(folder: Path) -> threading.Thread | None:
     """Start reading what looks like dense weights in a folder's safetensors files. None: nothing to ask for.
+
+    And start getting as much memory, unless the machine has little.
 
     Names decide, since the model is not known yet; a wrong guess costs a read. Anything odd about a file is
     left for store/checkpoint.py to complain about.
@@ -45,15 +56,16 @@ def will_need(path: Path, places: Iterable[tuple[int, int]]) -> None:
 
 
 def _read_folder(folder: Path) -> None:
+    places = {path: _dense_places(path) for path in sorted(folder.glob("*.safetensors"))}
+    sizes = [nbytes for found in places.values() for _, nbytes in found]
+    if sum(sizes) <= min(MOST_BYTES, (free_bytes() - process_bytes()) // 2):
+        EARLY.begin(sum(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for nbytes in sizes) + _BUFFERS_BYTES)
     left = MOST_BYTES
-    for path in sorted(folder.glob("*.safetensors")):
-        places = []
-        for offset, nbytes in _dense_places(path):
-            left -= nbytes
-            if left < 0:
-                return
-            places.append((offset, nbytes))
-        will_need(path, places)
+    for path, found in places.items():
+        left -= sum(nbytes for _, nbytes in found)
+        if left < 0:
+            return
+        will_need(path, found)
 
 
 def _dense_places(path: Path) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -107,6 +108,42 @@ def test_a_damaged_file_is_somebody_elses_complaint(tmp_path, asked, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     read_and_wait(tmp_path)
     assert not asked
+
+
+@pytest.fixture
+def begun(monkeypatch) -> list[int]:
+    """Bytes of memory that were asked for early."""
+    wishes: list[int] = []
+    monkeypatch.setattr(read_ahead.EARLY, "begin", wishes.append)
+    return wishes
+
+
+def test_memory_is_asked_for_dense_weights_each_on_its_pages(tmp_path, asked, begun):
+    save_file({key: torch.ones(4, 1000) for key in (DENSE[0], *EXPERTS)}, tmp_path / "model-1.safetensors")
+    save_file({key: torch.ones(2) for key in DENSE[1:]}, tmp_path / "model-2.safetensors")
+    read_and_wait(tmp_path)
+    (nbytes,) = begun
+    buffers = nbytes - (-(-16_000 // mmap.PAGESIZE) + 2) * mmap.PAGESIZE
+    assert 0 < buffers <= 1 << 20
+
+
+@pytest.mark.parametrize(("available", "asks"), [(2 * 400, True), (2 * 400 - 1, False)])
+def test_memory_is_asked_for_where_there_is_twice_as_much(
+    tmp_path, asked, begun, monkeypatch, available, asks
+):
+    save_file({DENSE[0]: torch.ones(100)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(read_ahead, "process_bytes", lambda: 1000)
+    monkeypatch.setattr(read_ahead, "free_bytes", lambda: 1000 + available)
+    read_and_wait(tmp_path)
+    assert len(begun) == asks
+    assert len(asked) == 1
+
+
+def test_no_memory_beyond_its_limit(tmp_path, asked, begun, monkeypatch):
+    save_file({DENSE[0]: torch.ones(100)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(read_ahead, "MOST_BYTES", 399)
+    read_and_wait(tmp_path)
+    assert not begun
 
 
 def test_a_hub_id_is_no_folder(asked):

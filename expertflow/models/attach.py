@@ -35,6 +35,7 @@ from expertflow.cache.loader import is_packed, slot_bytes
 from expertflow.cache.policies import POLICIES
 from expertflow.config import Settings, parse_bandwidth, parse_bytes
 from expertflow.core import MoEShape
+from expertflow.early_memory import EARLY
 from expertflow.models import deepseek_moe
 from expertflow.models.continuous import keep_pages_in_budget
 from expertflow.models.experts import Attachment, expertflow_experts
@@ -315,13 +316,13 @@ def copy_dense_weights(model: PreTrainedModel, checkpoint: Checkpoint, device: t
     the kernel would drop and re-read them for ever.
     """
     if device.type == "cpu":
-        copied: dict[int, torch.Tensor] = {}
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_meta or id(tensor) in copied:
-                continue
-            copied[id(tensor)] = tensor
-            tensor.data = page_aligned(tensor.data)
+        tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if not t.is_meta}
+        for tensor, copy in zip(
+            tensors.values(), page_aligned([t.data for t in tensors.values()]), strict=True
+        ):
+            tensor.data = copy
     else:
+        EARLY.take(0)  # nobody needs it here
         model.to(device)  # type: ignore[arg-type]
         model.tie_weights()  # on some devices torch has to make new parameters, one for each name
     for path in checkpoint.files:

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertflow import early_memory
+from expertflow.early_memory import EARLY
 from expertflow.store.layout import (
     PAGE,
     Part,
@@ -235,19 +237,42 @@ def test_buffers_are_aligned_zeroed_and_private(nbytes):
     assert buffer.fill_(7).sum() == 7 * nbytes
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
-def test_a_long_copy_begins_on_a_page_and_a_short_one_need_not(dtype: torch.dtype) -> None:
-    long = torch.arange(70_000).to(dtype).view(700, 100)
-    copy = page_aligned(long)
-    assert copy.data_ptr() % mmap.PAGESIZE == 0
-    assert copy.data_ptr() != long.data_ptr()
-    assert torch.equal(copy, long)
-    assert copy.is_contiguous()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.bool])
+def test_copies_begin_on_pages_and_share_an_allocation(dtype: torch.dtype) -> None:
+    long = torch.arange(70_000).view(700, 100).to(dtype)
+    originals = [long, torch.tensor(3).to(dtype), long.t(), torch.empty(0, 7, dtype=dtype), long[::2, 1:5]]
 
-    transposed = page_aligned(long.t())
-    assert torch.equal(transposed, long.t())
+    copies = page_aligned(originals)
 
-    short = torch.arange(10).to(dtype)
-    assert torch.equal(page_aligned(short), short)
-    assert page_aligned(short).data_ptr() != short.data_ptr()
-    assert torch.equal(page_aligned(torch.tensor(3).to(dtype)), torch.tensor(3).to(dtype))
+    assert [copy.untyped_storage().data_ptr() for copy in copies] == [copies[0].data_ptr()] * len(copies)
+    for copy, original in zip(copies, originals, strict=True):
+        assert torch.equal(copy, original)
+        assert copy.dtype == dtype
+        assert copy.shape == original.shape
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % mmap.PAGESIZE == 0
+    copies[1].zero_()
+    assert originals[1] == torch.tensor(3).to(dtype)
+    assert torch.equal(copies[0], long)
+
+
+def test_nothing_to_copy() -> None:
+    assert page_aligned([]) == []
+    (copy,) = page_aligned([torch.empty(0, 3)])
+    assert copy.shape == (0, 3)
+
+
+def test_copies_lie_in_memory_that_was_had_early() -> None:
+    nbytes = 3 * early_memory.SMALLEST_BYTES
+    EARLY.begin(nbytes)
+    assert EARLY.thread is not None
+    EARLY.thread.join(60)
+    held = EARLY.held_bytes()
+    tensors = [torch.full((nbytes // 3,), 7, dtype=torch.uint8), torch.arange(1000)]
+
+    copies = page_aligned(tensors)
+
+    assert held == nbytes
+    assert EARLY.held_bytes() == 0
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
+    assert copies[0].untyped_storage().nbytes() == nbytes
