@@ -5,11 +5,14 @@ Nothing here decides a result.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,20 @@ def drop_from_page_cache(folder: Path) -> None:
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
+
+
+def measure_fresh_memory(nbytes: int = GIB) -> float:
+    """Bytes per second of memory that nobody had before: found and cleared by the kernel, and by its host if virtual.
+
+    Waits first: a host takes free memory back within seconds (Linux' free page reporting), as before any first run.
+    """
+    time.sleep(5)
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        started = time.perf_counter()
+        ctypes.memset(begin, 0, nbytes)
+        return nbytes / (time.perf_counter() - started)
 
 
 class MemoryCgroup:

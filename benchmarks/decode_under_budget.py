@@ -22,7 +22,14 @@ import torch
 from rich.table import Table
 
 from benchmarks import rivals
-from benchmarks.common import console, drop_from_page_cache, other_load, report, run_worker
+from benchmarks.common import (
+    console,
+    drop_from_page_cache,
+    measure_fresh_memory,
+    other_load,
+    report,
+    run_worker,
+)
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.rivals import llama_cpp
 from benchmarks.rivals.ours import loading_rounds
@@ -94,6 +101,7 @@ def main() -> None:
         return result
 
     load = other_load()
+    fresh = measure_fresh_memory()
     for batch in options.batches:
         if "ours" in systems:
             run("ours", batch, budget)
@@ -146,11 +154,17 @@ def main() -> None:
             f"{entry['first_token_s']:.1f} s",
         )
     console.print(table)
-    report("decode_under_budget", {"runs": runs, "load_before": load}, *judge(runs, nbytes), 0, options.json)
+    report(
+        "decode_under_budget",
+        {"runs": runs, "load_before": load},
+        *judge(runs, nbytes, fresh),
+        0,
+        options.json,
+    )
 
 
-def judge(runs: list[dict[str, Any]], nbytes: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Bounds and targets, for the runs that were made."""
+def judge(runs: list[dict[str, Any]], nbytes: int, fresh: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Bounds and targets, for the runs that were made. fresh: bytes per second of memory that nobody had before."""
 
     def find(worker: str, batch: int, limited: bool, text: str = "greedy") -> dict[str, Any] | None:
         return next(
@@ -167,13 +181,14 @@ def judge(runs: list[dict[str, Any]], nbytes: int) -> tuple[dict[str, Any], dict
         )
 
     targets: dict[str, Any] = {}
-    bounds: dict[str, Any] = {"checkpoint_bytes": nbytes}
+    bounds: dict[str, Any] = {"checkpoint_bytes": nbytes, "fresh_memory_bytes_per_s": fresh}
     ours, accelerate = find("ours", 1, True), find("accelerate", 1, True)
     if ours:
         bounds["raw_read_bytes_per_s"] = ours["raw_read_bytes_per_s"]
         ratio = ours["loading_over_raw"]
         targets["loading_over_raw_bandwidth"] = {"asked": 0.9, "got": ratio, "met": ratio >= 0.9}
         allowed = ours["first_token_bytes"] / ours["raw_read_bytes_per_s"] + 5
+        bounds["first_token_fresh_memory_s"] = ours["first_token_bytes"] / fresh
         got = ours["first_token_s"]
         targets["first_token_s"] = {"asked": allowed, "got": got, "met": got <= allowed}
     if ours and accelerate:
