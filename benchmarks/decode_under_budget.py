@@ -189,7 +189,7 @@ def judge(runs: list[dict[str, Any]], nbytes: int, fresh: float) -> tuple[dict[s
         ratio = ours["loading_over_raw"]
         targets["loading_over_raw_bandwidth"] = {"asked": 0.9, "got": ratio, "met": ratio >= 0.9}
         allowed = ours["first_token_bytes"] / ours["raw_read_bytes_per_s"] + 5
-        bounds["first_token_fresh_memory_s"] = ours["first_token_bytes"] / fresh
+        bounds["first_token_fresh_memory_s"] = ours["first_token_fresh_bytes"] / fresh
         got = ours["first_token_s"]
         targets["first_token_s"] = {"asked": allowed, "got": got, "met": got <= allowed}
     if ours and accelerate:
@@ -236,7 +236,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     cache = None
     seconds: list[float] = []
     first_token = 0.0
-    first_token_bytes = 0
+    first_token_bytes = first_token_fresh_bytes = 0
     experts: Any = getattr(model, "expertflow", None)
     with torch.no_grad():
         for step in range(1 + warm_up + options.tokens):
@@ -253,7 +253,9 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
             if step == 0:
                 first_token = time.perf_counter() - started
                 if experts:
-                    first_token_bytes = experts.cache.stats.bytes_read + experts.plan.model.dense_bytes
+                    read, dense = experts.cache.stats.bytes_read, experts.plan.model.dense_bytes
+                    first_token_bytes = read + dense
+                    first_token_fresh_bytes = min(read, experts.plan.slots_bytes) + dense
                     if not options.memory:  # "everything resident" is measured when everything is
                         experts.cache.prefetch(experts.cache.store.experts)
                         experts.cache.wait_idle()
@@ -291,6 +293,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
                 else 0
             ),
             first_token_bytes=first_token_bytes,
+            first_token_fresh_bytes=first_token_fresh_bytes,
             io_mode=stats.io_mode,
         )
         if experts.predicting is not None:
