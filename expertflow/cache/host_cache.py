@@ -24,6 +24,8 @@ from expertflow.store.layout import Part, Placement
 from expertflow.store.pinned import host_pieces, pieces_per_block
 from expertflow.store.protocol import ExpertStore, Loan
 
+_MOST_HALF_READ = 4  # experts that wait for the rest of their chunks, with nobody at it
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertChunk(Chunk):
@@ -45,11 +47,11 @@ class HostStats:
 
 @dataclass(slots=True)
 class _Filling:
-    """An expert on its way into its slot."""
+    """An expert on its way into its slot. Nobody needs to finish it: a prefetch may be called off between chunks."""
 
     missing: set[int]  # chunks that are not there
     reading: set[int] = field(default_factory=set)  # of those, the ones that somebody reads now
-    failed: bool = False
+    failed: set[int] = field(default_factory=set)  # of those, the ones that could not be read
 
 
 class HostCache:
@@ -135,6 +137,8 @@ class HostCache:
             return slot
         if self.table.is_ready(expert):
             self.stats.hits += 1
+        if self.table.lookup(expert) is None:
+            self._abandon_stale()
         opened = self.plan.open_layer(expert.layer, [expert])
         for action in opened.actions:
             assert isinstance(action, Load), f"{action} of a plan that prefetches nothing"
@@ -155,7 +159,7 @@ class HostCache:
                 with self._unlocked():
                     count = self.source.read_chunk(self.source.chunks(expert)[index], self._slots[slot])
             except BaseException:
-                filling.failed = True
+                filling.failed.add(index)
                 raise
             finally:
                 filling.reading.remove(index)
@@ -163,7 +167,7 @@ class HostCache:
             self._nbytes[expert, index] = count
             self.stats.bytes_from_disk += count
             filling.missing.remove(index)
-            filling.failed = False
+            filling.failed.discard(index)
             if not filling.missing:
                 del self._filling[expert]
                 self.plan.load_finished(expert)
@@ -176,8 +180,20 @@ class HostCache:
         self.plan.release(expert)
         filling = self._filling.get(expert)
         if filling is not None and filling.failed and not self.table.is_pinned(expert):
-            del self._filling[expert]
-            self.plan.load_abandoned(expert)
+            self._abandon(expert)
+
+    def _abandon(self, expert: ExpertId) -> None:
+        del self._filling[expert]
+        self.plan.load_abandoned(expert)
+
+    def _abandon_stale(self) -> None:
+        """Give back slots of experts that nobody holds and whose reader went elsewhere between two chunks.
+
+        A few may stay half read, the latest: a demand went first, and their reader comes back.
+        """
+        stale = [expert for expert in self._filling if not self.table.is_pinned(expert)]
+        for expert in stale[: max(0, len(stale) - min(_MOST_HALF_READ, self.num_slots // 8))]:
+            self._abandon(expert)
 
     def _return(self, expert: ExpertId) -> None:
         with self._condition:

@@ -149,23 +149,21 @@ class AutoSchedule:
             following = [[name for names in others for name in names]]
         self._predicting.then(following)
 
-    def exchange(self, number: int, units: Sequence[Unit]) -> None:
-        """The turn of this unit comes: exchange rows with another that rests, where that was found to pay."""
+    def exchange(self, number: int, units: Sequence[Unit]) -> Exchange | None:
+        """The turn of this unit comes: who changes places with rows of one that rests, where that was found to pay."""
         lane = self._exchange_of.pop(number, None)
         if lane is None:
-            return
+            return None
         prepared = self.pipeline.take(lane, self.payoff.seconds_saved, keep=True)
         if prepared is None or prepared.exchange is None:
-            return
+            return None
         other, mine, others = prepared.exchange
         # Somebody may have left since; what was found for all is then not for the others.
         for unit, members in ((units[number], mine), (units[other], others)):
             if sum(len(batch.members) for batch in unit.batches) != len(members):
-                return
+                return None
         there = {m for at in (number, other) for batch in units[at].batches for m in batch.members}
-        if there == {*mine, *others}:
-            units[number].exchange(units[other], mine, others)
-            self.exchanges += 1
+        return prepared.exchange if there == {*mine, *others} else None
 
     def stepped(
         self, number: int, units: Sequence[Unit], *, alone: bool, pair: tuple[int, int] | None = None

@@ -236,10 +236,9 @@ class Engine:
             return False
         started, predicted = time.perf_counter(), self._predict_seconds()
         decoding = 0
+        if self._auto is not None:
+            self._exchange(self._auto, unit)
         with self._failing(unit):
-            if self._auto is not None:
-                self._auto.begins(alone=self._alone(unit))
-                self._auto.exchange(self._units.index(unit), self._units)
             # Since the unit's last step its scheduler may have found out more about the newest tokens.
             unit.settle()
             decoding = sum(len(batch.members) for batch in unit.batches)
@@ -257,6 +256,18 @@ class Engine:
         if (timeline := self._llm.timeline) is not None:
             timeline.add("compute", f"unit {self._units.index(unit)}", started, ended, decoding=decoding)
         return True
+
+    def _exchange(self, auto: AutoSchedule, unit: Unit) -> None:
+        """Before a unit's step, rows that pay for it change places with those of a unit that rests."""
+        exchange = None
+        with self._failing(unit):
+            auto.begins(alone=self._alone(unit))
+            exchange = auto.exchange(self._units.index(unit), self._units)
+        if exchange is not None:
+            other = self._units[exchange.other]
+            with self._failing(unit, other):
+                unit.exchange(other, exchange.mine, exchange.others)
+                auto.exchanges += 1
 
     def _prepare(self, auto: AutoSchedule, unit: Unit) -> None:
         """What concerns steps to come, while others compute."""
@@ -292,14 +303,16 @@ class Engine:
         return predicting.stats.predict_seconds if predicting is not None else 0.0
 
     @contextmanager
-    def _failing(self, unit: Unit) -> Iterator[None]:
-        """An error within ends the unit's requests: its KV caches are in no known state. Ctrl-C and the like go on."""
-        rows = unit.members  # now: an error may come while somebody is on the way from one place to another
+    def _failing(self, *units: Unit) -> Iterator[None]:
+        """An error within ends the units' requests: their caches are in no known state. Ctrl-C and the like go on."""
+        # Now: an error may come while somebody is on the way from one place to another.
+        rows = [row for unit in units for row in unit.members]
         try:
             with torch.no_grad():
                 yield
         except BaseException as error:
-            unit.clear()
+            for unit in units:
+                unit.clear()
             for row in rows:
                 if (request := self._requests.get(id(row))) is not None:
                     self._abort(request, error)

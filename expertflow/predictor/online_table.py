@@ -179,10 +179,11 @@ class OnlineTokenTable:
             return popularity_LE.expand(batch, *popularity_LE.shape)
         end = context.target_BT.shape[1] - context.num_new
         routes_BWLK = context.routes_BTLK[:, max(0, end - WINDOW) : end].long()
+        # Whom a layer sent nowhere is known too: it needed no expert there.
+        known_BL = (routes_BWLK[..., 0] != UNKNOWN).sum(1)
         routes_BWLK = routes_BWLK.masked_fill(routes_BWLK == UNKNOWN, self.num_experts)
-        known_B = (routes_BWLK[..., 0, 0] != self.num_experts).sum(1)
         index_BLN = routes_BWLK.permute(0, 2, 1, 3).flatten(2)
         count_BLE = torch.zeros(batch, popularity_LE.shape[0], self.num_experts + 1)
         count_BLE.scatter_add_(2, index_BLN, torch.ones(()).expand(index_BLN.shape))
-        weight_B = known_B + SEQUENCE_PRIOR
-        return (count_BLE[..., :-1] + SEQUENCE_PRIOR * popularity_LE) / weight_B[:, None, None]
+        weight_BL = known_BL + SEQUENCE_PRIOR
+        return (count_BLE[..., :-1] + SEQUENCE_PRIOR * popularity_LE) / weight_BL[..., None]

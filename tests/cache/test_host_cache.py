@@ -251,6 +251,41 @@ def test_a_failed_expert_gives_its_slot_back():
     assert resident(host) == {A}
 
 
+def test_an_error_is_not_forgotten_when_another_reader_gets_its_chunk():
+    """The slot of an expert that nobody could finish was never free again."""
+    disk, host = new_host(2)
+    read(host, host.chunks(A)[0])
+    outer = True
+
+    def before_read(expert: ExpertId) -> None:
+        nonlocal outer
+        if not outer:
+            raise OSError("injected")
+        outer = False
+        with pytest.raises(OSError, match="injected"):  # while the chunk before is on its way
+            read(host, host.chunks(A)[2])
+
+    disk.before_read = before_read
+    read(host, host.chunks(A)[1])
+    assert not host.table.residents
+
+
+@pytest.mark.parametrize("num_slots", [2, 16])
+def test_experts_that_were_called_off_half_read_keep_few_slots(num_slots):
+    """A prefetch may end between two chunks; whoever asks later gets the slot."""
+    _, host = new_host(num_slots)
+    others = [expert for expert in experts_of(SHAPE) if expert != C]
+    for expert in others:
+        read(host, host.chunks(expert)[0])
+    read_all(host, C)
+    assert resident(host) == {C}
+    assert len(host._filling) == num_slots // 8
+    last = others[-1]
+    for chunk in host.chunks(last)[1:]:  # its reader comes back
+        read(host, chunk)
+    assert (last in resident(host)) == (num_slots == 16)
+
+
 def test_it_reads_past_its_slots_when_all_are_in_use():
     _, host = new_host(2)
     loans = [host.lend_chunk(host.chunks(expert)[0]) for expert in (A, B)]

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,8 @@ from expertflow import LLM, SamplingParams
 from expertflow.engine import auto_schedule
 from expertflow.engine.auto_schedule import AutoSchedule, Payoff, Prepared
 from expertflow.engine.engine import Engine
-from expertflow.engine.unit import Seating
+from expertflow.engine.unit import Seating, Unit
+from expertflow.scheduler import regroup
 from expertflow.timeline import Timeline
 from tests.engine.test_engine import PARAMS, PROMPTS, check_at_rest, loads, tokens
 from tests.families import VOCAB_SIZE, write_checkpoint
@@ -452,6 +453,65 @@ def test_ctrl_c_and_errors_leave_no_thread_behind(folders: Callable[[str], Path]
                 engine.step()  # the other unit goes on
             thread.join(LONG)
             assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("when", ["while they move", "in the step after"])
+@pytest.mark.parametrize("error", [MemoryError("no room"), KeyboardInterrupt()])
+def test_an_error_about_an_exchange_ends_whom_it_may_have_harmed(
+    when: str,
+    error: BaseException,
+    folders: Callable[[str], Path],
+    alone: Callable[[str], list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the other unit went on with half moved caches; and those who had just come were waited for for ever."""
+    moves, in_exchange, raised = 0, False, False
+    move, exchange, step = regroup._move, Unit.exchange, Unit.step
+
+    def failing_move(*args: Any) -> Any:
+        nonlocal moves, raised
+        moves += in_exchange
+        if in_exchange and moves >= 3 and when == "while they move" and not raised:
+            raised = True
+            raise error
+        return move(*args)
+
+    def counted_exchange(unit: Unit, *args: Any) -> None:
+        nonlocal in_exchange
+        in_exchange = True
+        try:
+            exchange(unit, *args)
+        finally:
+            in_exchange = False
+
+    def failing_step(unit: Unit, *args: Any) -> Any:
+        nonlocal raised
+        if moves and when == "in the step after" and not raised:
+            raised = True
+            raise error
+        return step(unit, *args)
+
+    monkeypatch.setattr(regroup, "_move", failing_move)
+    monkeypatch.setattr(Unit, "exchange", counted_exchange)
+    monkeypatch.setattr(Unit, "step", failing_step)
+    with (
+        load(folders("qwen2_moe"), batch=1, sequences=6) as llm,
+        auto(llm, execution="joint", patience=0) as (engine, schedule),
+    ):
+        schedule.payoff = Patient()
+        requests = [engine.submit(p, q) for p, q in zip(ALL_PROMPTS * 2, ALL_PARAMS * 2, strict=True)]
+        going = True
+        while going:
+            with suppress(KeyboardInterrupt):
+                going = engine.step()
+        check_at_rest(engine)
+        assert raised
+        failed = [request for request in requests if request.error is not None]
+        assert len(failed) == (4 if when == "while they move" else 2)
+        for request, expected in zip(requests, alone("qwen2_moe") * 2, strict=True):
+            assert request.done
+            if request.error is None:
+                assert request.output().outputs[0].token_ids == expected
 
 
 def test_spans_of_the_thread_are_on_the_timeline(folders: Callable[[str], Path]) -> None:

@@ -210,6 +210,17 @@ def test_the_online_table_follows_what_the_sequence_uses():
     assert table.predict(PathContext(target_BT=ids))[0, 0, 0, 4] == pytest.approx(1 / EXPERTS)
 
 
+def test_a_layer_that_sent_tokens_nowhere_is_known_to_have():
+    """Its capacity was used up; such positions counted for the layers after it as if there had been none."""
+    table = OnlineTokenTable(2, EXPERTS, 1, 1 << 16)
+    ids = torch.arange(20)[None]
+    routes = torch.full((1, 20, 2, 1), UNKNOWN)
+    routes[:, 5:19, 0], routes[:, 5:19, 1] = EXPERTS, 4
+    p_LE = table.predict(PathContext(target_BT=ids, routes_BTLK=routes))[0, 0]
+    assert 0.5 < p_LE[1, 4] < 1
+    assert p_LE[0].sum() < 0.5
+
+
 def test_many_experts_fit():
     table = OnlineTokenTable(1, 300, 1, 1 << 18)
     context = PathContext(target_BT=torch.tensor([[3]]))
