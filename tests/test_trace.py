@@ -178,6 +178,16 @@ def test_zeros_after_a_power_cut_are_cut_too(tmp_path: Path) -> None:
     assert path.stat().st_size == bounds[3]
 
 
+def test_zeros_before_something_are_damage(tmp_path: Path) -> None:
+    """What comes after them may be records: the writer must not cut it off."""
+    _, path, _ = three(tmp_path)
+    path.write_bytes(path.read_bytes() + bytes(64) + b"more")
+    with pytest.raises(ValueError, match="its length fails its checksum"):
+        read_trace(tmp_path)
+    with pytest.raises(ValueError, match="its length fails its checksum"):
+        TraceWriter(tmp_path, META)
+
+
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
     """Before the last record: an error, and the writer never cuts. In the last one: at most that one is lost."""
     _, path, bounds = three(tmp_path)

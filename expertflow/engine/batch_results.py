@@ -32,18 +32,7 @@ class BatchResults:
             raise FileNotFoundError(
                 f"{self.path.absolute().parent} does not exist; make it, or write elsewhere"
             )
-        if self.path.exists() and not self.marker.exists():
-            raise FileExistsError(
-                f"{self.path} exists and is no unfinished batch of ours; give another name, or remove it"
-            )
-        self._lock: TextIO = open(self.marker, "a+", encoding="utf-8")  # noqa: SIM115 - held until close
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise BlockingIOError(
-                f"{self.path} is being written by another process; wait for it, or give another name"
-            ) from None
+        self._lock = self._locked_marker()
         try:
             self._claim({"format": FORMAT, **run})
             self.done, self.failed = self._read_back()
@@ -100,10 +89,37 @@ class BatchResults:
     ) -> None:
         self.close()
 
+    def _locked_marker(self) -> TextIO:
+        """The marker that lies there, made if need be, open and locked."""
+        while True:
+            if self.path.exists() and not self.marker.exists():
+                raise self._not_ours()
+            lock = open(self.marker, "a+", encoding="utf-8")  # noqa: SIM115 - held until close
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise BlockingIOError(
+                    f"{self.path} is being written by another process; wait for it, or give another name"
+                ) from None
+            if os.fstat(lock.fileno()).st_nlink:
+                return lock
+            lock.close()  # its owner ended, and took it away, between our opening and locking it
+
+    def _not_ours(self) -> FileExistsError:
+        return FileExistsError(
+            f"{self.path} exists and is no unfinished batch of ours; give another name, or remove it"
+        )
+
     def _claim(self, run: dict[str, Any]) -> None:
         self._lock.seek(0)
         text = self._lock.read()
-        if not text or not text.endswith("\n"):  # new, or killed while it was written: then no result was
+        if not text or not text.endswith("\n"):
+            # New, or killed while it was written: then no result was. Results without a word of whose they are
+            # come of a power cut, or of a run that finished since we looked for its marker.
+            if self.path.exists() and self.path.stat().st_size:
+                self.marker.unlink()
+                raise self._not_ours()
             self._begin(run)
             return
         try:

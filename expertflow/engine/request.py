@@ -66,9 +66,8 @@ class TextStream:
 
     def finish(self) -> str:
         """No more tokens will come: whatever was held back."""
-        piece = self._emit(self._decode_fresh())
-        if self.stopped_by is None:
-            piece, self._held = piece + self._held, ""
+        piece = self._emit(self._decode_fresh()) + self._held  # of which nothing is left where it stopped
+        self._held = ""
         return piece
 
     def _decode_fresh(self) -> str:

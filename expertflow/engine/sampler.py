@@ -17,6 +17,8 @@ from torch import Tensor
 
 from expertflow.engine.sampling import SamplingParams
 
+_GREEDY_BELOW = 1e-5  # of temperature, as in vLLM: logits divided by less leave float32
+
 
 def choose_token(
     logits_V: Tensor,
@@ -43,7 +45,7 @@ def choose_token(
         logits_V = penalize_written(
             logits_V, written, presence=params.presence_penalty, frequency=params.frequency_penalty
         )
-    if params.temperature == 0:
+    if params.temperature < _GREEDY_BELOW:
         return int(logits_V.argmax())
     ids_N, logits_N = candidates(logits_V / params.temperature, params)
     # The largest of logit + Gumbel noise is a draw from softmax(logits). The noise belongs to the token id:

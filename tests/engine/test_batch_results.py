@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from expertflow.engine import batch_results
 from expertflow.engine.batch_file import CHAT, LineError, error_line
 from expertflow.engine.batch_results import FORMAT, BatchResults, key_of
 
@@ -60,6 +61,48 @@ def test_a_marker_cut_short_by_a_kill_is_written_again(tmp_path: Path) -> None:
         write(results, "a")
     with BatchResults(path, RUN) as results:
         assert results.done == {"id a"}
+
+
+@pytest.mark.parametrize("marker", ["", '{"format": "exp'])
+def test_results_without_a_word_of_whose_they_are_are_left_alone(tmp_path: Path, marker: str) -> None:
+    """After a power cut: any run was taken for the one that wrote them."""
+    path = tmp_path / "out.jsonl"
+    with BatchResults(path, RUN) as results:
+        write(results, "a")
+    (tmp_path / "out.jsonl.run").write_text(marker)
+    before = path.read_text()
+    with pytest.raises(FileExistsError, match="no unfinished batch of ours"):
+        BatchResults(path, {"model": "other"})
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_run_that_finishes_while_another_looks_keeps_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Its results were taken for those of the other, which appended its own."""
+    path = tmp_path / "out.jsonl"
+    first = BatchResults(path, RUN)
+    write(first, "a")
+
+    def ends() -> None:
+        monkeypatch.undo()
+        first.finish()
+        first.close()
+
+    def opening(*args: Any, **kwargs: Any) -> Any:
+        if moment == "before it is opened":
+            ends()
+            return open(*args, **kwargs)
+        file = open(*args, **kwargs)  # noqa: SIM115
+        ends()
+        return file
+
+    monkeypatch.setattr(batch_results, "open", opening, raising=False)
+    with pytest.raises(FileExistsError, match="no unfinished batch of ours"):
+        BatchResults(path, {"model": "other"})
+    assert ids(path) == ["a"]
+    assert [at.name for at in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 def test_failures_are_known_again(tmp_path: Path) -> None:

@@ -142,7 +142,18 @@ def test_the_length_that_nobody_gave_is_cut_to_the_context(
     assert answers(tmp_path)["a"]["usage"]["completion_tokens"] == (tokens or room)
 
 
-@pytest.mark.parametrize("error", [OSError("the disk is gone"), RuntimeError("closed")])
+def test_a_prompt_that_fills_the_context_is_told_so(llm: LLM, tmp_path: Path) -> None:
+    """Not that its answer may have -29 tokens, which nobody asked for."""
+    run(llm, [{"id": "a", "prompt": "a" * (llm.context + 30)}], tmp_path, default_tokens=40)
+    message = answers(tmp_path)["a"]["error"]["message"]
+    assert "prompt" in message
+    assert str(llm.context) in message
+    assert "max_tokens=-" not in message
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("the disk is gone"), RuntimeError("closed"), MemoryError("no room")]
+)
 def test_an_error_that_is_not_the_requests_ends_the_run_and_loses_nothing(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -1,7 +1,7 @@
 """Tokens to text: whole characters only, never a part of a stop string, an end for every reason."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -69,6 +69,7 @@ def test_a_stop_prefix_at_the_end_is_text() -> None:
 
 
 @given(text=st.text("abé", max_size=30), stop=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
+@example(text="ab", stop=["b", "ab"])
 @settings(deadline=None, max_examples=200)
 def test_the_stream_is_the_text_up_to_the_first_stop(text: str, stop: list[str]) -> None:
     """Brute force: at the first moment when any stop string is there, cut before the leftmost one."""

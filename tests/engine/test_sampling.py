@@ -213,6 +213,15 @@ def test_temperature_zero_is_greedy_after_the_penalty() -> None:
     assert choose_token(logits_V, penalized, seed=1, answer=0, position=0, seen=[1]) == 2
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-39, 5e-324])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_a_temperature_next_to_zero_is_greedy(temperature: float, top_p: float) -> None:
+    """Divided by it, logits are infinite: the first of them was taken."""
+    logits_V = torch.tensor([1.0, 5.0, 20.0, 3.0])
+    params = SamplingParams(temperature=temperature, top_p=top_p)
+    assert choose_token(logits_V, params, seed=1, answer=0, position=0, seen=[]) == 2
+
+
 def test_noise_belongs_to_seed_answer_position_and_token() -> None:
     noise = gumbel_noise(64, seed=1, answer=0, position=5)
     assert torch.equal(noise, gumbel_noise(64, seed=1, answer=0, position=5))

@@ -89,20 +89,22 @@ def test_the_next_adds_least_compared_with_chance(data: st.DataObject) -> None:
     share = st.integers(0, 8).map(lambda eighths: eighths / 8)
     draw = st.lists(st.lists(share, min_size=4, max_size=4), min_size=1, max_size=5)
     waiting, sitting = data.draw(draw), data.draw(draw)
-    (chosen,), _ = admit(profiles(*waiting), profiles(*sitting), 1, [0] * len(waiting), patience=9)
+    rows, _ = admit(profiles(*waiting), profiles(*sitting), 3, [0] * len(waiting), patience=9)
 
-    def score(row: list[float]) -> float:
+    def score(row: list[float], together: list[list[float]]) -> float:
         total = 0.0
         for expert, p in enumerate(row):
-            absent = usual = 1.0
-            for other in sitting:
+            absent = 1.0
+            for other in together:
                 absent *= 1 - other[expert]
             mean = sum(one[expert] for one in waiting + sitting) / len(waiting + sitting)
-            usual *= (1 - mean) ** len(sitting)
-            total += p * (absent - usual)
+            total += p * (absent - (1 - mean) ** len(together))
         return total
 
-    assert score(waiting[chosen]) <= min(map(score, waiting)) + 1e-5
+    left, together = dict(enumerate(waiting)), list(sitting)
+    for row in rows:
+        assert score(left[row], together) <= min(score(one, together) for one in left.values()) + 1e-5
+        together.append(left.pop(row))
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -192,6 +192,15 @@ def test_moving_costs():
     assert set(range(5)) <= set(group(paths_NLE, cost_of_moving_N=pinned).groups[0])
 
 
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("rounds_of_swaps", [0, 20])
+def test_it_never_costs_more_than_it_saves(seed, rounds_of_swaps):
+    cost = 0.2 + 0.1 * (seed % 10)
+    paths_NLE = random_paths(12, seed)
+    found = group(paths_NLE, cost_of_moving_N=torch.full((12,), cost), max_swaps=rounds_of_swaps)
+    assert found.activated + cost * found.moved <= found.activated_in_arrival_order + 1e-4
+
+
 def test_the_same_twice_on_paths_full_of_ties():
     paths_NLE = random_paths(30, 2, layers=1, experts=4, top_k=1)
     assert group(paths_NLE, 3) == group(paths_NLE.clone(), 3)

@@ -129,6 +129,18 @@ def test_an_error_of_a_late_job_surfaces_too(pipeline: Pipeline[str]) -> None:
     pipeline.submit(0, other)
 
 
+def test_an_error_of_a_job_that_is_never_taken_surfaces_too(pipeline: Pipeline[str]) -> None:
+    job, other = Held(error=ArithmeticError("no number")), Held()
+    job.released.set()
+    other.released.set()
+    pipeline.submit(0, job)
+    pipeline.submit(1, other)
+    assert pipeline.take(1, LONG) == "result", "by now the first one has failed"
+    pipeline.submit(0, other)
+    with pytest.raises(RuntimeError, match="no number"):
+        pipeline.submit(0, other)
+
+
 def test_what_is_for_later_runs_in_order_and_never_piles_up(pipeline: Pipeline[str]) -> None:
     slow, result, ran = Held(), Held(), []
     pipeline.later(slow)
