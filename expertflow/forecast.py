@@ -312,7 +312,8 @@ def verdict(forecast: Forecast) -> str:
     memory = forecast.memory
     if forecast.fits:
         given = f" in {format_bytes(memory.budget_bytes)}" if memory.budget_bytes is not None else ""
-        return f"fits{given}, {memory.slots_per_layer:.1f} experts per layer"
+        free = " (what is free)" if given and forecast.settings.memory is None else ""
+        return f"fits{given}{free}, {memory.slots_per_layer:.1f} experts per layer"
     assert memory.budget_bytes is not None
     return (
         f"does not fit in {format_bytes(memory.budget_bytes)}; the smallest budget that works is "

@@ -281,6 +281,7 @@ def test_chat_without_a_template_is_refused(folder: Path) -> None:
         (["run", "m", "--file", "/"], "/: Is a directory; name a file in it"),
         (["run", "m", "hi", "--system", "x"], "add --chat"),
         (["run", "m", "hi", "--stats-json", "/no/where/x.json"], "/no/where does not exist"),
+        (["run", "m", "hi", "--stats-json", "/"], "/: Is a directory; name a file in it"),
         (["plan", "m", "--memory", "6"], "has no unit"),
         (["check", "m", "--memory", "6"], "has no unit"),
         (["check", "m", "--dtype", "int8"], "use auto, float32, bfloat16, float16"),

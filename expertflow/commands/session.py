@@ -129,6 +129,8 @@ def check_can_write(stats_json: Path | None, heatmap: Path | None, timeline: Pat
             raise FileNotFoundError(
                 f"{path.absolute().parent} does not exist, so {path.name} cannot be written there"
             )
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"{path}: Is a directory; name a file in it")
     figures = [] if heatmap is None else [heatmap]
     if timeline is not None and timeline.suffix != ".json":
         figures.append(timeline)

@@ -273,10 +273,14 @@ class LLM:
             raise ValueError(f"prompt {number} is empty; give at least one token to start from")
         if not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
             raise ValueError(f"prompt {number} has token ids outside 0 to {vocabulary - 1}, the vocabulary")
-        if params.logit_bias is not None and (most := max(params.logit_bias)) >= vocabulary:
-            raise ValueError(
-                f"logit_bias of token {most}: the ids of this model's vocabulary are 0 to {vocabulary - 1}"
-            )
+        for name, named in (
+            ("logit_bias", params.logit_bias or ()),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if (most := max(named, default=0)) >= vocabulary:
+                raise ValueError(
+                    f"{name} of token {most}: the ids of this model's vocabulary are 0 to {vocabulary - 1}"
+                )
         room = self.context - len(ids)
         if room < 1 or (params.max_tokens or 0) > room:
             wanted = f" and max_tokens={params.max_tokens}" if params.max_tokens else ""

@@ -74,9 +74,12 @@ def test_asking_for_logprobs_changes_no_token_and_others_have_none(llm: LLM) -> 
     assert plain.token_ids == llm.generate("Hello there", BENT)[0].outputs[0].token_ids
 
 
-def test_a_bias_outside_the_vocabulary_is_refused(llm: LLM) -> None:
-    with pytest.raises(ValueError, match="logit_bias of token 100000: the ids"):
-        llm.generate("Hello", SamplingParams(logit_bias={100000: 1}))
+@pytest.mark.parametrize(
+    ("name", "value"), [("logit_bias", {3: 1, 100000: 1}), ("stop_token_ids", [3, 100000])]
+)
+def test_a_token_outside_the_vocabulary_is_refused(llm: LLM, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} of token 100000: the ids"):
+        llm.generate("Hello", SamplingParams(**{name: value}))
 
 
 @pytest.mark.parametrize("end", ["finished", "cancelled", "failed", "closed"])
