@@ -153,8 +153,9 @@ def plan_memory(
             f"{format_bytes(max(0, budget - empty.fixed_bytes))} for experts of {format_bytes(model.slot_bytes)} "
             f"each, and at least {MIN_SLOTS} must fit.\n" + "\n".join(lines) + "\n"
             f"  {format_bytes(MIN_SLOTS * model.slot_bytes):>9}  {MIN_SLOTS} expert slots\n"
-            f"The smallest budget that works is {empty.smallest_budget() // 2**20}MiB; a smaller --context "
-            f"(now {settings.context}) or --prefill-chunk (now {settings.prefill_chunk}) lowers it."
+            f"The smallest budget that works is {empty.smallest_budget() // 2**20}MiB; a smaller --context (now "
+            f"{settings.context}), --batch (now {settings.batch}) or --prefill-chunk (now {settings.prefill_chunk}) "
+            f"lowers it."
         )
     slots = min(slots, max(MIN_SLOTS, model.num_experts))
     return replace(empty, num_slots=slots)

@@ -161,7 +161,11 @@ class LLM:
                 f"{self.name} has no chat template, so it is probably no chat model; give it plain prompts "
                 f"(`run` without --chat, `chat --raw`), or use an instruct version of the model"
             )
-        for message in messages:
+        for number, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not message.keys() & {"content", "tool_calls"}:
+                raise ValueError(
+                    f"message {number} is {message!r}; give {{'role': 'user', 'content': 'text'}} for each"
+                )
             if isinstance(content := message.get("content"), str):
                 _utf8(content, "a message")
         encoded: Any = self.tokenizer.apply_chat_template(
@@ -237,6 +241,10 @@ class LLM:
         """(text, token ids, rows) of each prompt, all checked."""
         if params is None or isinstance(params, SamplingParams):
             params = [params or self._default_params] * len(prompts)
+        if isinstance(params, Mapping):
+            raise ValueError(
+                f"sampling_params={params!r} is no SamplingParams; give SamplingParams(**{params!r})"
+            )
         if len(params) != len(prompts):
             raise ValueError(
                 f"{len(params)} SamplingParams for {len(prompts)} prompts; give one, or one for each"

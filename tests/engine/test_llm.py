@@ -280,6 +280,7 @@ def test_an_applications_own_handler_stays(llm: LLM) -> None:
         ([[5, 999]], GREEDY, "token ids outside 0 to 127"),
         (["a", "b"], [GREEDY], "1 SamplingParams for 2 prompts"),
         (["a"], [{"temperature": 0}], "must be SamplingParams"),
+        (["a"], {"temperature": 0}, r"no SamplingParams; give SamplingParams\(\*\*\{'temperature': 0\}\)"),
         (7, GREEDY, "not int"),
         (
             ["x" * 20],
@@ -392,6 +393,17 @@ def test_chat_uses_the_template(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> No
 def test_chat_without_a_template_is_refused(llm: LLM) -> None:
     with pytest.raises(ValueError, match="has no chat template"):
         llm.chat([{"role": "user", "content": "Hi"}], GREEDY)
+
+
+@pytest.mark.parametrize("messages", ["Hi", [{"role": "user"}], [["Hi"]]])
+def test_what_is_no_conversation_is_refused(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, messages: object
+) -> None:
+    monkeypatch.setattr(llm.tokenizer, "chat_template", CHAT_TEMPLATE)
+    with pytest.raises(
+        ValueError, match=r"message 0 is .*; give {'role': 'user', 'content': 'text'} for each"
+    ):
+        llm.chat(messages, GREEDY)  # type: ignore[arg-type]
 
 
 def test_unknown_settings_are_refused_before_loading(tmp_path: Path) -> None:
