@@ -57,7 +57,7 @@ class TrainSettings:
     epochs: int = setting(20, "passes over the traces, when time allows")
     learning_rate: float = setting(3e-3, "at its highest, after the warm-up")
     warmup: float = setting(0.03, "share of the schedule in which the learning rate rises")
-    weight_decay: float = setting(0.01, "of AdamW, for matrices; tables and norms have none")
+    weight_decay: float = setting(0.01, "of matrices; tables and norms have none")
     batch_tokens: int = setting(2048, "tokens per step, padding included")
     unknown_share: float = setting(
         0.02, "share of tokens replaced by `never seen`, so that it means something"

@@ -29,6 +29,7 @@ from expertflow.predictor.dataset import (
     within_horizons,
 )
 from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
+from expertflow.predictor.optimizer import MuonAndAdam
 from expertflow.predictor.prior import start_from_counts
 from expertflow.predictor.sizes import TrainSettings, sizes_of
 from expertflow.predictor.storage import DESCRIPTION, save_predictor
@@ -38,7 +39,6 @@ _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 _VALIDATIONS = 30  # over the whole schedule
 _NEXT_USE_WEIGHT = 0.3  # of its loss beside the routes'
 _NEXT_USE_POSITIONS = 512  # of a batch that train the next-use head: its targets are 5 x L x E each
-_TABLE_RATE = 15.0  # times the learning rate, for tables: a token's row moves only when the token comes
 _LEAST_GAIN = 0.0005  # of recall that counts as better for the early stop
 
 
@@ -180,18 +180,7 @@ class _Run:
         self, predictor: RoutingPathPredictor, paths: RoutingPaths, settings: TrainSettings, folder: Path
     ):
         self.predictor, self.paths, self.settings, self.folder = predictor, paths, settings, folder
-        tables = [table.weight for table in predictor.tables()]
-        in_tables = {id(weight) for weight in tables}
-        decays = [p for p in predictor.parameters() if p.ndim > 1 and id(p) not in in_tables]
-        rest = [p for p in predictor.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decays, "weight_decay": settings.weight_decay, "rate": 1.0},
-                {"params": rest, "weight_decay": 0.0, "rate": 1.0},
-                {"params": tables, "weight_decay": 0.0, "rate": _TABLE_RATE},
-            ],
-            betas=(0.9, 0.98),
-        )
+        self.optimizer = MuonAndAdam(predictor, settings.weight_decay)
         self.per_epoch = len(group(paths.train, settings.batch_tokens, 0))
         self.steps = self.per_epoch * settings.epochs
         self.validate_every = max(1, self.steps // _VALIDATIONS)
@@ -208,6 +197,7 @@ class _Run:
             "model's embedding": predictor.embedding.project is not None,
             "tokens": seen,
             "sequences": len(paths.train),
+            "optimizer": "muon and adam",
         }
 
     def progress(self) -> float:
@@ -239,8 +229,6 @@ class _Run:
         draw = torch.Generator().manual_seed(_mix(self.settings, 1_000_000 + self.step))
         self.predictor.train()
         rate = self.settings.learning_rate * schedule(self.progress(), self.settings.warmup)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate * parameters["rate"]
         loss = path_loss(
             self.predictor, hide_some(batch, self.predictor, self.settings.unknown_share, draw), draw
         )
@@ -250,10 +238,9 @@ class _Run:
                 f"the loss is {value} at step {self.step} with learning rate {rate:.2g}; lower --learning-rate (now "
                 f"{self.settings.learning_rate}), and delete {self.folder / CHECKPOINT} to begin anew"
             )
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), 1.0)
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.losses = [self.losses[0] + value, self.losses[1] + 1]
         self.step += 1
         self.seconds += time.monotonic() - begun
