@@ -23,6 +23,7 @@ from expertflow.forecast import plan_model
 from expertflow.measure import measure_copy_bandwidth, measure_disk, measure_machine, nearest_existing
 from expertflow.sim.hardware import FORMAT, Hardware
 from expertflow.step_time import Machine
+from expertflow.whole_file import write_whole
 
 # Qwen1.5-MoE-A2.7B, where no model is given: three matrices [1408, 2048] to an expert.
 _HIDDEN, _INNER, _TOP_K = 2048, 1408, 4
@@ -108,10 +109,7 @@ def _default_machine(settings: Settings, folder: Path, progress: Callable[[str],
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(profile.to_dict(), indent=1) + "\n")
 
 
 def table(profile: Profile) -> Table:

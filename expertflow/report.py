@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from expertflow.config import format_bytes
+from expertflow.whole_file import write_whole
 
 if TYPE_CHECKING:
     from expertflow.budget import MemoryPlan
@@ -45,7 +46,7 @@ def plan_rows(plan: MemoryPlan) -> list[dict[str, Any]]:
 
 
 def save_json(report: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(report, indent=1) + "\n")
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from expertflow.whole_file import write_whole
+
 # From top to bottom of the figure. Other tracks follow in the order in which they were first used.
 TRACKS = ("predict", "group", "compute", "stall", "link")
 _COLOURS = {
@@ -79,9 +81,7 @@ class Timeline:
         if not spans:
             raise ValueError(f"nothing ran, so there is no timeline to write to {path}")
         if path.suffix == ".json":
-            partial = path.with_name(path.name + ".part")
-            partial.write_text(json.dumps(trace_events(spans)), encoding="utf-8")
-            partial.rename(path)
+            write_whole(path, json.dumps(trace_events(spans)))
         else:
             _draw(spans, path)
 

@@ -19,10 +19,11 @@ BELOW: dict[str, set[str]] = {
     "core": set(),
     "config": {"core"},
     "trace": {"core"},
-    "timeline": set(),
+    "whole_file": set(),
+    "timeline": {"whole_file"},
     "store": {"core", "config", "trace", "early_memory"},
     "cache": {"core", "config", "trace", "store", "timeline"},
-    "predictor": {"core", "config", "trace"},
+    "predictor": {"core", "config", "trace", "whole_file"},
     "scheduler": {"core"},
     "sim": {"core", "config", "trace", "cache", "predictor", "scheduler"},
     "step_time": {"core", "config"},
@@ -48,8 +49,8 @@ BELOW: dict[str, set[str]] = {
 BELOW["forecast"] = {*BELOW} - {"predictor", "scheduler", "sim"}
 BELOW["engine"] = {*BELOW} - {"sim", "forecast"}
 BELOW["check"] = {*BELOW} - {"predictor", "scheduler", "sim", "forecast"}
-BELOW["report"] = {"core", "config", "budget", "engine"}
-BELOW["machine_profile"] = {"config", "disturbance", "forecast", "measure", "sim", "step_time"}
+BELOW["report"] = {"core", "config", "budget", "engine", "whole_file"}
+BELOW["machine_profile"] = {"config", "disturbance", "forecast", "measure", "sim", "step_time", "whole_file"}
 BELOW["server"] = {*BELOW}
 BELOW["commands"] = {*BELOW}
 BELOW["cli"] = {*BELOW}

@@ -119,15 +119,17 @@ _REMEDIES = {
     errno.EROFS: "name a place that can be written",
     errno.ENOSPC: "free some room, or name a place on another disk",
     errno.EDQUOT: "free some room, or name a place on another disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or name a place on another disk",
     errno.ENAMETOOLONG: "shorten it",
 }
 
 
 def message_of(error: ValueError | OSError) -> str:
     """What a user is told. An error straight from the system names its file first and gets a remedy."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+    if isinstance(error, OSError) and error.errno is not None:
+        named = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno)
-        return f"{error.filename}: {error.strerror}" + (f"; {remedy}" if remedy else "")
+        return f"{named}{error.strerror}" + (f"; {remedy}" if remedy else "")
     return str(error).strip() or type(error).__name__
 
 

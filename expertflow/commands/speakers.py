@@ -92,6 +92,8 @@ class ServerModel:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"--server {url!r} is no address; write --server http://127.0.0.1:8000")
+        # Where other clients are told http://host:8000/v1.
+        parts = parts._replace(path=parts.path.rstrip("/").removesuffix("/v1"))
         self._parts, self._url, self._key, self._raw = parts, url, key, raw
         self.sampling = sampling
         self._tokens = 0

@@ -12,13 +12,15 @@ from typing import Any
 
 from rich.table import Table
 
+from expertflow.whole_file import write_whole
+
 _BATCH = "8"  # of the table and of Fig. 9: the paper does not say which it drew
 _OURS = 2.4  # line width of what is not a baseline
 _BASELINES = ("oracle", "TLP", "SLP", "popularity", "token table", "online table", "look-ahead", "pre-gate")
 
 
 def save_json(found: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(found, indent=1) + "\n")
 
 
 def cases(found: dict[str, Any]) -> Iterator[tuple[tuple[str, str, str], list[dict[str, Any]]]]:

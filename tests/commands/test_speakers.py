@@ -90,6 +90,11 @@ def test_the_key_is_asked_for(server, key):
         ServerModel(server.url, key, {})
 
 
+@pytest.mark.parametrize("end", ["/", "/v1", "/v1/"])
+def test_an_address_may_end_as_other_clients_are_told(server, end):
+    assert ServerModel(server.url + end, "sesame", {}).name == "tiny"
+
+
 def test_nobody_there_and_no_address():
     with pytest.raises(
         ConnectionError, match=r"no answer from http://127\.0\.0\.1:9 .*expertflow serve MODEL"
