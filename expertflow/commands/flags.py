@@ -129,7 +129,8 @@ def message_of(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         named = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno)
-        return f"{named}{error.strerror}" + (f"; {remedy}" if remedy else "")
+        told = remedy is None or ";" in str(error.strerror)  # where it was raised, by who knows a better one
+        return f"{named}{error.strerror}" + ("" if told else f"; {remedy}")
     return str(error).strip() or type(error).__name__
 
 

@@ -88,12 +88,7 @@ class BatchRun:
 
     def _ids(self, line: BatchRequest) -> list[int]:
         if line.messages is not None:
-            try:
-                return self._llm.encode_chat(line.messages)
-            except ValueError:
-                raise
-            except Exception as error:  # a template raises what it likes at roles that it does not know
-                raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+            return self._llm.encode_chat(line.messages)
         if isinstance(line.prompt, str):
             return list(self._llm.tokenizer(line.prompt).input_ids)
         assert line.prompt is not None, "a request has a prompt or messages"

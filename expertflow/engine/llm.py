@@ -52,6 +52,10 @@ class Timing:
         return {**vars(self), "tokens_per_second": self.tokens_per_second}
 
 
+class ChatTemplateError(ValueError):
+    """The checkpoint's chat template does not take these messages, or is broken."""
+
+
 class LLM:
     """A Mixture-of-Experts model, its tokenizer and its expert cache.
 
@@ -168,9 +172,15 @@ class LLM:
                 )
             if isinstance(content := message.get("content"), str):
                 _utf8(content, "a message")
-        encoded: Any = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
-        )
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
+            )
+        except Exception as error:  # a template raises what it likes at roles that it does not know
+            line = f" (its line {error.lineno})" if hasattr(error, "lineno") else ""
+            raise ChatTemplateError(
+                f"the model's chat template refuses these messages: {error}{line}; change their roles or order"
+            ) from error
         return list(encoded["input_ids"])
 
     def read_pairs(self, sources: Sequence[list[int]], targets: Sequence[list[int]]) -> None:

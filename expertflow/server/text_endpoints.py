@@ -6,12 +6,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import jinja2
 from fastapi import APIRouter
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from expertflow.engine.llm import ChatTemplateError
 from expertflow.engine.sampling import SamplingParams
 from expertflow.server.answers import Answer, ChatAnswer, CompletionAnswer, TokenTexts
 from expertflow.server.driver import EngineDriver
@@ -122,12 +122,9 @@ class TextEndpoints:
                     self._check_length(message["content"], f"messages[{number}].content")
                 try:
                     return [self._driver.llm.encode_chat(conversation)]
-                except jinja2.TemplateError as error:
+                except ChatTemplateError as error:
                     raise APIError(
-                        400,
-                        f"the model's chat template refuses these messages: {error}; change their roles or order",
-                        param="messages",
-                        code="refused_by_chat_template",
+                        400, str(error), param="messages", code="refused_by_chat_template"
                     ) from error
 
             def answer(n: int) -> Answer:

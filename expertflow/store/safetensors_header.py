@@ -106,6 +106,8 @@ def parse_safetensors_header(header: bytes, file_bytes: int, path: Path) -> dict
                 f"tensor {short(after.key)} starts at byte {after.offset}, inside {short(before.key)}, "
                 f"which ends at {before.offset + before.nbytes}",
             )
+    if (idle := file_bytes - end - sum(span.nbytes for span in by_offset)) > 0:
+        raise damaged(path, f"has {idle} bytes that belong to no tensor, which safetensors never writes")
     return spans
 
 

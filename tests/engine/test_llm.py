@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from expertflow import LLM, SamplingParams
 from expertflow.commands.session import fitting
 from expertflow.engine.interrupts import Interrupts
-from expertflow.engine.llm import _batches
+from expertflow.engine.llm import ChatTemplateError, _batches
 from expertflow.engine.request import Row, TextStream
 from tests.families import write_checkpoint
 
@@ -404,6 +404,15 @@ def test_what_is_no_conversation_is_refused(
         ValueError, match=r"message 0 is .*; give {'role': 'user', 'content': 'text'} for each"
     ):
         llm.chat(messages, GREEDY)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ messages[0].content + 1 }}"])
+def test_a_broken_template_is_told(llm: LLM, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    with pytest.raises(
+        ChatTemplateError, match="the model's chat template refuses these messages: .*; change"
+    ):
+        llm.chat([{"role": "user", "content": "Hi"}], GREEDY)
 
 
 def test_unknown_settings_are_refused_before_loading(tmp_path: Path) -> None:

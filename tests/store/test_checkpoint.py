@@ -253,6 +253,11 @@ def parse(content: object, data_bytes: int = 64):
         ({"a": FOUR | {"dtype": None}}, "dtype None is not supported"),
         ({"a": FOUR, "b": entry("F32", [2, 2], 12, 28)}, "tensor 'b' starts at byte .*, inside 'a'"),
         ({"a": entry("F32", [20], 0, 80)}, "it is truncated; download it again"),
+        ({"a": entry("F32", [3], 0, 12)}, r"\d+ bytes that belong to no tensor"),
+        (
+            {"a": entry("F32", [3], 0, 12), "b": entry("F32", [3], 16, 28)},
+            r"\d+ bytes that belong to no tensor",
+        ),
         ({"a": 3}, "has no dtype, shape and data_offsets"),
         ([], "is not a JSON object"),
         (b"{", "not valid JSON"),
@@ -270,7 +275,7 @@ def test_damaged_header(content, message):
 
 def test_empty_tensors_overlap_nobody():
     empty = entry("F32", [0, 2], 8, 8)
-    assert parse({"a": FOUR, "b": empty})["b"].nbytes == 0
+    assert parse({"a": FOUR, "b": empty}, data_bytes=16)["b"].nbytes == 0
 
 
 def test_truncated_file(tmp_path):
