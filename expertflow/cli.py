@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -81,10 +82,19 @@ def _expertflow(
 def main() -> None:
     """Entry point. Leaves with 0, with 2 after an error, with 130 after Ctrl-C."""
     _open_closed_streams()
+    warnings.showwarning = _tell_warning
     try:
         app()
     except KeyboardInterrupt:  # between typer's own handling and the end
         sys.exit(130)
+
+
+def _tell_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+) -> None:
+    """To users what is for users; where in the code it was said is for developers."""
+    where = "" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: "
+    typer.echo(f"warning: {where}{message}", err=True)
 
 
 def _open_closed_streams() -> None:

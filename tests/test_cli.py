@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -259,6 +260,28 @@ def test_chat_without_a_template_is_refused(folder: Path) -> None:
     result = run(folder, "--chat", *GREEDY, stdin="Hi\n")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "has no chat template" in result.stderr
+
+
+def test_warnings_are_one_line_for_users(tmp_path: Path) -> None:
+    """Not a line of our code. In a process of its own: pytest shows warnings its own way."""
+    recording = Path(__file__).parents[1] / "zoo/traces/tiny-moe/math/routes.trace"
+    (tmp_path / "routes.trace").write_bytes(recording.read_bytes()[:-10])
+    command = [
+        sys.executable,
+        "-m",
+        "expertflow.cli",
+        "simulate",
+        str(tmp_path),
+        "--cache-size",
+        "8",
+        "--batch",
+        "1",
+    ]
+    found = subprocess.run([*command, "--policy", "nobody"], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    warning, error = found.stderr.splitlines()
+    assert re.fullmatch(r"warning: record \d+ of .*routes\.trace was cut short, .*", warning)
+    assert error.startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def eval_predictor(
     """
     from expertflow.config import parse_bytes
     from expertflow.predictor import report
-    from expertflow.predictor.evaluate import Conditions, evaluate
+    from expertflow.predictor.evaluate import Conditions, check_tasks, evaluate
     from expertflow.predictor.recordings import load_predictors, read_recordings
 
     try:
@@ -134,6 +134,7 @@ def eval_predictor(
     meta, sequences = read_recordings(traces)
     loaded = load_predictors(predictors or [], meta, traces)
     counted = fitted_on or sorted({s.task for s in sequences if s.split == "train"})
+    check_tasks(sequences, counted, task)  # before a model is loaded
     with _hidden(model, meta, sequences, counted, gate_tokens) as hidden, stderr().status("") as status:
         found = evaluate(meta, sequences, loaded, counted, task or None, conditions, hidden, status.update)
     console = stdout()

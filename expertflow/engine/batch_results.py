@@ -108,7 +108,8 @@ class BatchResults:
 
     def _not_ours(self) -> FileExistsError:
         return FileExistsError(
-            f"{self.path} exists and is no unfinished batch of ours; give another name, or remove it"
+            f"{self.path} exists and is no unfinished batch of ours (finished, or something else); give another name, "
+            f"or remove it"
         )
 
     def _claim(self, run: dict[str, Any]) -> None:

@@ -112,19 +112,29 @@ def _gguf(where: str) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder. A GGUF folder, which usually has none, is named as such."""
+    """config.json of a folder; generation_config.json is read for errors alone.
+
+    A GGUF folder, which usually has none, is named as such.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise _no_config_error(str(folder), [entry.name for entry in folder.iterdir()])
+    # transformers goes on without this one where it cannot be read: with other sampling, and no word of it.
+    if (sampling := folder / "generation_config.json").exists():
+        _json_object(sampling)
+    return _json_object(path)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ValueError(
-            f"{path} holds {type(config).__name__}, not the settings of a model; download it again"
+            f"{path} holds {type(content).__name__}, not the settings of a model; download it again"
         )
-    return config
+    return content
 
 
 def check_config(config: dict[str, Any], where: str) -> None:

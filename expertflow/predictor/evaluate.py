@@ -85,6 +85,26 @@ def sides(meta: TraceMeta) -> list[Side]:
     return found
 
 
+def check_tasks(
+    sequences: Sequence[TracedSequence], fitted_on: Sequence[str], tasks: Sequence[str] | None
+) -> tuple[list[TracedSequence], list[str]]:
+    """(those that baselines are counted on, the tasks that have held-out sequences). ValueError as `evaluate`."""
+    train = [s for s in sequences if s.split == "train" and s.task in fitted_on]
+    if not train:
+        counted = sorted({s.task for s in sequences if s.split == "train"})
+        raise ValueError(
+            f"no sequence of the split 'train' is of the tasks {list(fitted_on)}, so the baselines have "
+            f"nothing to count; there it has {counted}: name one of them, or record more prompts"
+        )
+    there = sorted({s.task for s in sequences if s.split == "test"})
+    for task in tasks or ():
+        if task not in there:
+            raise ValueError(f"no held-out sequence is of the task {task!r}; the split 'test' has {there}")
+    if not there:
+        raise ValueError("the split 'test' is empty: record more prompts, so that some are held out")
+    return train, there
+
+
 def evaluate(
     meta: TraceMeta,
     sequences: Sequence[TracedSequence],
@@ -101,18 +121,7 @@ def evaluate(
     judged on the split "test" of `tasks` (all by default). Raises ValueError when a split is empty.
     """
     conditions = conditions or Conditions()
-    train = [s for s in sequences if s.split == "train" and s.task in fitted_on]
-    there = sorted({s.task for s in sequences if s.split == "test"})
-    if not train:
-        raise ValueError(
-            f"no sequence of the split 'train' is of the tasks {list(fitted_on)}, so the baselines have "
-            f"nothing to count; record more prompts of them"
-        )
-    for task in tasks or ():
-        if task not in there:
-            raise ValueError(f"no held-out sequence is of the task {task!r}; the split 'test' has {there}")
-    if not there:
-        raise ValueError("the split 'test' is empty: record more prompts, so that some are held out")
+    train, there = check_tasks(sequences, fitted_on, tasks)
     results = []
     next_use: list[dict[str, Any]] = []
     for side in sides(meta):

@@ -61,9 +61,11 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[1]", "holds list")])
-def test_a_damaged_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_damaged_config_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_moe"}')
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
         resolve_model(tmp_path)
 
 

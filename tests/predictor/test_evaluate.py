@@ -254,7 +254,7 @@ def test_an_empty_split_is_refused(recorded):
     with pytest.raises(ValueError, match="'test' is empty: record more prompts"):
         evaluate(synthetic.meta(), train, {}, ["chat"])
     test = [s for s in recorded if s.split == "test"]
-    with pytest.raises(ValueError, match="nothing to count"):
+    with pytest.raises(ValueError, match=r"nothing to count; there it has \[\]"):
         evaluate(synthetic.meta(), test, {}, ["chat"])
 
 
