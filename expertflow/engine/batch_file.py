@@ -114,9 +114,9 @@ def _plain(line: int, given: dict[str, Any], known: dict[str, str]) -> BatchRequ
 def _openai(line: int, given: dict[str, Any], known: dict[str, str]) -> BatchRequest:
     known["id"] = identity = _identity("custom_id", given.get("custom_id"))
     url, body = given.get("url", COMPLETION), given.get("body")
+    known["url"] = str(url)
     if url not in (COMPLETION, CHAT):
         raise ValueError(f"url {url!r} is not served in batches; use {COMPLETION} or {CHAT}")
-    known["url"] = url
     if given.get("method", "POST") != "POST":
         raise ValueError(f"method {given['method']!r} is not POST")
     if not isinstance(body, dict):
@@ -163,7 +163,7 @@ def _identity(name: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}={value!r} must be text of at least one character")
+        raise ValueError(f"{name} is {_shortened(value)}; it must be text of at least one character")
     return value
 
 
