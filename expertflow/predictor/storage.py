@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from expertflow.predictor.model import PredictedModel, RoutingPathPredictor
 from expertflow.predictor.sizes import PredictorSizes
+from expertflow.whole_file import write_whole
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "predictor.safetensors", "predictor.json"
@@ -30,7 +31,8 @@ def save_predictor(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in predictor.state_dict().items()}
     temporary = folder / f"{WEIGHTS}.{os.getpid()}.new"
-    save_file(tensors, temporary, metadata={"fingerprint": predictor.model.fingerprint})
+    # Not save_file, which keeps others from reading the file whatever the umask.
+    temporary.write_bytes(save(tensors, metadata={"fingerprint": predictor.model.fingerprint}))
     temporary.replace(folder / WEIGHTS)
     description = {
         "version": VERSION,
@@ -40,9 +42,7 @@ def save_predictor(
         "training": training,
         "metrics": metrics,
     }
-    temporary = folder / f"{DESCRIPTION}.{os.getpid()}.new"
-    temporary.write_text(json.dumps(description, indent=1) + "\n")
-    temporary.replace(folder / DESCRIPTION)
+    write_whole(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:

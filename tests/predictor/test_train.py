@@ -231,6 +231,8 @@ def test_what_is_on_disk(trained):
     assert description["metrics"]["curve"][-1]["recall"] <= description["metrics"]["recall"]
     assert not (trained / "out" / CHECKPOINT).exists()
     assert not list((trained / "out").glob("*.new"))
+    weights, said = (trained / "out" / WEIGHTS).stat(), (trained / "out" / DESCRIPTION).stat()
+    assert weights.st_mode == said.st_mode, "others may read one and not the other"
 
 
 def test_a_finished_predictor_is_not_overwritten(trained):
