@@ -59,6 +59,13 @@ def simulate(
         str | None, typer.Option(metavar="SIZE", help="or the bytes of one expert, such as 17MB")
     ] = None,
     split: Annotated[str, typer.Option(help="train or test: which of the recorded sequences")] = "test",
+    in_turn: Annotated[
+        bool,
+        typer.Option(
+            "--in-turn",
+            help="two batches take turns, and the next pass of one is foreseen while the other runs",
+        ),
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="decode steps of each batch size")] = 500,
     warm: Annotated[
         int, typer.Option(min=0, help="sequences of the other split that predictors have served before")
@@ -103,6 +110,7 @@ def simulate(
         dense_bytes=size.dense_bytes,
         ratios=tuple(_numbers("--ratio", ratio, float)) if ratio is not None else (),
         max_steps=steps,
+        in_turn=in_turn,
     )
     with stderr().status("") as status:
         foretold = foretell_all(recording, trace, split, predictor or ["online"], warm, status.update)

@@ -31,6 +31,7 @@ class Conditions:
     dense_bytes: int
     ratios: tuple[float, ...] = ()
     max_steps: int | None = None
+    in_turn: bool = False  # two batches take turns, and the next pass is foreseen
 
     def __post_init__(self) -> None:
         for name in self.policies:
@@ -58,7 +59,8 @@ def compare(
     for batch in conditions.batches:
         progress(f"batch {batch}: predictions")
         workloads = {
-            name: make_workload(said, batch, conditions.max_steps) for name, said in foretold.items()
+            name: make_workload(said, batch, conditions.max_steps, in_turn=conditions.in_turn)
+            for name, said in foretold.items()
         }
         oracle = workloads["oracle"]
         for cache_size in conditions.cache_sizes:
@@ -79,6 +81,7 @@ def compare(
                         "policy": name,
                         "predictor": predictor,
                         "batch": batch,
+                        "in_turn": conditions.in_turn,
                         "rows": round(workload.mean_rows, 2),
                         "cache_size": cache_size,
                         "slots": KNOWN[name].slots_for(workload.shape, num_slots),

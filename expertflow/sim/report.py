@@ -22,12 +22,13 @@ def tables(rows: Sequence[dict[str, Any]], title: str) -> Iterator[Table]:
     """One table for each batch, cache size and link; `title` says what the trace stands for."""
 
     def condition(row: dict[str, Any]) -> tuple:
-        return row["batch"], row["cache_size"], row["hardware"], row["lru_ratio"]
+        return row["batch"], row["in_turn"], row["cache_size"], row["hardware"], row["lru_ratio"]
 
-    for (batch, cache_size, hardware, ratio), group in groupby(rows, condition):
+    for (batch, in_turn, cache_size, hardware, ratio), group in groupby(rows, condition):
+        batches = f"two batches of {batch} in turn" if in_turn else f"batch {batch}"
         link = hardware if ratio is None else f"a link on which LRU's ratio is {ratio:g}"
         table = Table(
-            title=f"{title}\nbatch {batch}, {cache_size:g} experts per layer, {link}",
+            title=f"{title}\n{batches}, {cache_size:g} experts per layer, {link}",
             title_justify="left",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),

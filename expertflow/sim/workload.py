@@ -146,14 +146,37 @@ def decode_steps(sequence: TracedSequence) -> int:
     return len(sequence.target_ids_T) - sequence.num_prefill
 
 
-def make_workload(foretold: Foretold, batch: int, max_steps: int | None = None, seed: int = 0) -> Workload:
-    """Decode steps in batches of sequences whose answers are about as long.
+def make_workload(
+    foretold: Foretold, batch: int, max_steps: int | None = None, seed: int = 0, *, in_turn: bool = False
+) -> Workload:
+    """Decode steps in batches of sequences whose answers are about as long, one after the other.
 
-    Raises ValueError for a batch that is no size, or larger than the recording.
+    in_turn: two at a time, which take turns as the engine's units do; while one runs, the next pass of the other is
+    foreseen. Raises ValueError for a batch that is no size, or larger than the recording (half of it, in turn).
     """
     groups = alike_in_length(foretold.sequences, batch, seed)
-    steps = itertools.chain.from_iterable(_batch_steps(foretold.sequences, members) for members in groups)
+    runs = [list(_batch_steps(foretold.sequences, members)) for members in groups]
+    if in_turn:
+        if len(runs) < 2:
+            raise ValueError(
+                f"batch={batch} in turn: give 1 to {len(foretold.sequences) // 2}, half the number of recorded "
+                f"sequences that decode"
+            )
+        runs = [_in_turn(one, other) for one, other in zip(runs[::2], runs[1::2], strict=False)]
+    steps = itertools.chain.from_iterable(runs)
     return workload_of(foretold, batch, itertools.islice(steps, max_steps), seed)
+
+
+def _in_turn(one: Sequence[Step], other: Sequence[Step]) -> list[Step]:
+    """What follows a step is foreseen where it is the other batch's: its own next token is not there yet."""
+    both = min(len(one), len(other))
+    turns = [step for pair in zip(one, other, strict=False) for step in pair]
+    alone = [*one[both:], *other[both:]]
+    found = [step._replace(last=False, next_is_known=True) for step in turns]
+    if alone:  # the last turn of the two was `other`'s
+        found[-1] = found[-1]._replace(next_is_known=len(one) > both)
+    found += [step._replace(last=False) for step in alone]
+    return [*found[:-1], found[-1]._replace(last=True, next_is_known=False)]
 
 
 def alike_in_length(sequences: Sequence[TracedSequence], size: int, seed: int = 0) -> list[list[int]]:

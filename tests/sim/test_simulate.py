@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from expertflow.predictor.pass_forecast import PassForecast
 from expertflow.sim.compare import KNOWN, Conditions, compare
 from expertflow.sim.hardware import MODELS, PROFILES, costs, hardware
 from expertflow.sim.recordings import foretell_all, size_of
-from expertflow.sim.workload import foretell, make_workload
+from expertflow.sim.report import tables
+from expertflow.sim.workload import Step, _in_turn, foretell, make_workload
 from expertflow.trace import read_trace
 
 CHAT = Path(__file__).parents[2] / "zoo" / "traces" / "tiny-moe" / "chat"
@@ -68,6 +70,42 @@ def test_a_batch_needs_what_any_of_its_rows_needs(chat):
     first = [sequence.target_routes_TLK[sequence.num_prefill] for sequence in test]
     expected = [sorted({*a.tolist(), *b.tolist()}) for a, b in zip(*first, strict=True)]
     assert workload.passes[0].experts_L == expected
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 4), (4, 2), (1, 1), (1, 3)])
+def test_batches_in_turn_foresee_the_other_alone(lengths):
+    """Against the definition: a next pass is known where it is another batch's, and nobody's token is used early."""
+    one, other = (
+        [Step([(n, t)], t == length - 1) for t in range(length)] for n, length in enumerate(lengths)
+    )
+    turns = _in_turn(one, other)
+    assert sorted(step.rows[0] for step in turns) == sorted(step.rows[0] for step in [*one, *other])
+    for number in (0, 1):
+        assert [t for ((n, t),) in (step.rows for step in turns) if n == number] == list(
+            range(lengths[number])
+        )
+    batches = [step.rows[0][0] for step in turns]
+    assert batches[: 2 * min(lengths)] == [0, 1] * min(lengths)
+    for step, batch, following in zip(turns, batches, [*batches[1:], None], strict=True):
+        assert step.next_is_known == (following is not None and following != batch)
+        assert step.last == (following is None)
+
+
+def test_a_pass_that_is_foreseen_saves_loads(chat):
+    """Two batches that take turns, told right: with the next pass known fewer experts are loaded."""
+    test = chat.split("test").sequences[:40]
+    foretold = {"oracle": foretell(chat.meta, test, "oracle")}
+    conditions = Conditions(
+        ("plec",), (16,), (4,), (hardware("a40"),), 10_000_000, 0, ratios=(4.0,), max_steps=80, in_turn=True
+    )
+    known = of(compare(foretold | {"same": foretold["oracle"]}, conditions), "plec", "same")
+    assert known["in_turn"]
+    apart = compare(foretold | {"same": foretold["oracle"]}, replace(conditions, in_turn=False))
+    assert known["bytes_per_step"] < 0.95 * of(apart, "plec", "same")["bytes_per_step"]
+    (table,) = list(tables([known], "routes"))
+    assert "two batches of 4 in turn, 16 experts per layer" in str(table.title)
+    with pytest.raises(ValueError, match=r"batch=30 in turn: give 1 to 20, half the number"):
+        compare(foretold, replace(conditions, batches=(30,)))
 
 
 def test_an_encoder_decoder_decodes_in_its_decoder():
