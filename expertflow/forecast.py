@@ -26,7 +26,7 @@ from expertflow.config import Settings, format_bandwidth, format_bytes, parse_ba
 from expertflow.hub_headers import cached_snapshot, fetch_hub_model
 from expertflow.measure import measure_copy_bandwidth, measure_disk, measure_machine, nearest_existing
 from expertflow.models.attach import register
-from expertflow.models.footprint import honoured_prefill, measure_model
+from expertflow.models.footprint import honoured_prefill, measure_model, within_training
 from expertflow.models.predictors import check_predictor, predictor_bytes
 from expertflow.models.skeleton import Skeleton, build_skeleton, unknown_architecture
 from expertflow.step_time import (
@@ -104,14 +104,15 @@ def plan_model(
     here, which takes some seconds and, for a hub model, a file of 256 MiB for a moment in the cache folder.
     Raises ValueError or OSError with the remedy; a budget that is too small is no error but `fits=False`.
     """
-    if past < 0 or past >= settings.context:
-        raise ValueError(f"past={past} must be at least 0 and below the context of {settings.context} tokens")
     for ratio in (hit_ratio, prefill_hit_ratio):
         check_hit_ratio(ratio if ratio is not None else 0.0)
     check_predictor(settings)
     config, checkpoint, commit, fetched_bytes = _find(source, revision, endpoint)
     skeleton = build_skeleton(config, checkpoint)
-    settings = honoured_prefill(skeleton.model, settings.on_cpu("plan"))
+    settings = within_training(skeleton.model, settings.on_cpu("plan"))
+    settings = honoured_prefill(skeleton.model, settings)
+    if not 0 <= past < settings.context:
+        raise ValueError(f"past={past} must be at least 0 and below the context of {settings.context} tokens")
     downloaded = commit is None
     tokenizer = _tokenizer(checkpoint.folder) if downloaded else None
     memory, fits = _fit(skeleton, settings)

@@ -414,9 +414,9 @@ def test_revision_of_a_folder(folder: Path) -> None:
         plan_model(folder, Settings(memory="4GiB"), revision="v1", machine=MACHINE)
 
 
-@pytest.mark.parametrize("past", [-1, 2048])
+@pytest.mark.parametrize("past", [-1, 256])
 def test_past_outside_the_context(folder: Path, past: int) -> None:
-    with pytest.raises(ValueError, match=r"below the context of 2048 tokens"):
+    with pytest.raises(ValueError, match=r"below the context of 256 tokens"):
         plan_model(folder, Settings(memory="4GiB"), past=past, machine=MACHINE)
 
 

@@ -25,6 +25,7 @@ from expertflow.engine.runner import decode, read_pairs
 from expertflow.engine.sampling import SamplingParams
 from expertflow.engine.source import load_tokenizer, model_class, read_config, resolve_model
 from expertflow.models.attach import ExpertFlowConfig, LoadedExperts
+from expertflow.models.footprint import trained_context
 from expertflow.timeline import Timeline
 
 Message = Mapping[str, str]
@@ -67,6 +68,7 @@ class LLM:
     def __init__(self, model: str | Path, *, revision: str | None = None, **settings: Any):
         started = time.perf_counter()
         quantization_config = ExpertFlowConfig(**settings)
+        quantization_config.within_training = True
         folder = resolve_model(model, revision)
         self.name = str(model)
         self.folder = folder
@@ -100,13 +102,7 @@ class LLM:
     @property
     def context(self) -> int:
         """Tokens of a prompt and its answer together."""
-        return min(self.settings.context, self._trained_context or self.settings.context)
-
-    @property
-    def _trained_context(self) -> int | None:
-        return (
-            getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or None
-        )
+        return self.settings.context
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends, as transformers would apply it."""
@@ -303,10 +299,10 @@ class LLM:
         if room < 1 or (params.max_tokens or 0) > room:
             wanted = f" and max_tokens={params.max_tokens}" if params.max_tokens else ""
             need = len(ids) + (params.max_tokens or 1)
-            trained = self._trained_context
-            if self.context == self.settings.context and (trained is None or need <= trained):
+            trained = trained_context(self.model)
+            if trained is None or need <= trained:
                 more = f"load the model with context={need} or more (--context), "
-            elif trained is not None and self.context < trained:
+            elif self.context < trained:
                 more = f"load the model with context={trained} (--context), all it was trained for, and "
                 room = trained - len(ids)
             else:

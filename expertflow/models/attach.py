@@ -39,7 +39,7 @@ from expertflow.early_memory import EARLY
 from expertflow.models import deepseek_moe
 from expertflow.models.continuous import keep_pages_in_budget
 from expertflow.models.experts import Attachment, expertflow_experts
-from expertflow.models.footprint import honoured_prefill, measure_model
+from expertflow.models.footprint import honoured_prefill, measure_model, within_training
 from expertflow.models.lookahead import look_ahead_for
 from expertflow.models.placement import device_memory, slot_device, take_inputs_from_anywhere
 from expertflow.models.predicting import Predicting
@@ -85,6 +85,8 @@ class ExpertFlowConfig(QuantizationConfigMixin):
                 f"policy={self.settings.policy!r} is unknown; it can be: {', '.join(sorted(POLICIES))}"
             )
         check_predictor(self.settings)
+        # transformers runs a model beyond what it was trained for; `LLM` does not, and says so here.
+        self.within_training = False
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, **asdict(self.settings)}
@@ -118,6 +120,7 @@ class ExpertFlowQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ExpertFlowConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.settings = quantization_config.settings
+        self._within_training = quantization_config.within_training
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         self._device = slot_device(self.settings, device_map)
@@ -136,6 +139,8 @@ class ExpertFlowQuantizer(HfQuantizer):
                 f"{type(model).__name__} (model_type {model.config.model_type!r}) has no experts that expertflow "
                 f"knows: for a dense model use transformers or accelerate directly"
             )
+        if self._within_training:
+            self.settings = within_training(model, self.settings)
         self.settings = honoured_prefill(model, self.settings)
         # Hub files are links into a blob folder; the folder that names them is the checkpoint.
         folder = Path(os.path.abspath(checkpoint_files[0])).parent

@@ -54,6 +54,17 @@ def measure_model(
     )
 
 
+def trained_context(model: PreTrainedModel) -> int | None:
+    """Tokens that the model was trained for; None where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or None
+
+
+def within_training(model: PreTrainedModel, settings: Settings) -> Settings:
+    """The settings with no more context than the model was trained for, so that no KV cache is reserved for more."""
+    trained = trained_context(model)
+    return settings if trained is None else replace(settings, context=min(settings.context, trained))
+
+
 def honoured_prefill(model: PreTrainedModel, settings: Settings) -> Settings:
     """The settings with the prefill_chunk that this model runs with: its own, or the whole context.
 

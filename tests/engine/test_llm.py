@@ -316,6 +316,8 @@ def test_what_is_no_text_is_refused_wherever_it_is_encoded(llm: LLM, monkeypatch
 def test_the_trained_context_is_a_limit_too(folder: Path, tmp_path: Path) -> None:
     with LLM(folder, cache_size=2, context=4000) as llm:
         assert llm.context == 256  # max_position_embeddings of the tiny model
+        plan = llm.experts.plan
+        assert plan.kv_bytes == 256 * plan.model.kv_bytes_per_token, "and no memory is kept for more"
         with pytest.raises(ValueError, match="that is what the model was trained for"):
             llm.generate("x" * 300, GREEDY)
 
