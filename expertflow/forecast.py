@@ -219,7 +219,9 @@ _FROM_RUN_TO_RUN = 4 * 2**20
 
 def _fit(skeleton: Skeleton, settings: Settings) -> tuple[MemoryPlan, bool]:
     """The plan for the budget, or for the smallest that works, and which of both it is."""
-    model = measure_model(skeleton.model, skeleton.moe_layers, skeleton.slot_bytes, skeleton.staging_bytes)
+    model = measure_model(
+        skeleton.model, skeleton.moe_layers, skeleton.slot_bytes, skeleton.staging_bytes, settings.context
+    )
     held = (
         budget.process_bytes() + _FROM_RUN_TO_RUN + (skeleton.expert_bytes if settings.store == "ram" else 0)
     )

@@ -135,8 +135,11 @@ def speed_table(report: dict[str, Any]) -> Table:
             share = f"{engine['scheduling_share']:.1%} of steps, {hidden:.2f} s hidden"
             table.add_row("predicting and grouping", f"{share}, late {engine['late']} times")
     else:
-        table.add_row("time to first token", f"{timing['first_token_seconds']:.2f} s")
-        table.add_row("prompt", f"{timing['prompt_tokens']} tokens in {timing['prefill_seconds']:.2f} s")
+        if timing["prefill_seconds"]:
+            table.add_row("time to first token", f"{timing['first_token_seconds']:.2f} s")
+            table.add_row("prompt", f"{timing['prompt_tokens']} tokens in {timing['prefill_seconds']:.2f} s")
+        else:  # read beside others that decoded
+            table.add_row("prompts", f"{timing['prompt_tokens']} tokens, in the time below")
         table.add_row("generated", f"{timing['generated_tokens']} tokens")
         table.add_row("decoding", f"{timing['tokens_per_second']:.2f} tokens/s")
     if cache["prefetches"]:

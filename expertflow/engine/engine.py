@@ -422,6 +422,13 @@ def _auto_schedule(
             f"schedule='auto' cannot move sequences of {type(llm.model).__name__}, which takes positions from the "
             f"length of the batch; use schedule='fixed'"
         )
+    settings = llm.settings
+    if execution == "joint" and settings.held <= 2 * settings.unit:
+        logger.warning(
+            "schedule='auto' exchanges sequences of execution='joint' from three units on, and only chooses who joins "
+            "where there are fewer; give sequences=%d or more (--sequences), or execution='split'",
+            2 * settings.unit + 1,
+        )
     predicting = llm.experts.predicting
     if predicting is None:
         logger.info("schedule='auto' moves nobody: every expert has a slot, so no load can be saved")

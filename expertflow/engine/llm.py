@@ -34,7 +34,11 @@ Prompt = str | list[int]
 
 @dataclass
 class Timing:
-    """Since the start or the last reset. A token is counted for every answer of a batch."""
+    """Since the start or the last reset. A token is counted for every answer of a batch.
+
+    Where more sequences are held than run in a batch, prompts are read beside answers that are decoded: then
+    `decode_seconds` has the time of both, `decoded_tokens` every token, and the two of prompts are 0.
+    """
 
     load_seconds: float = 0.0
     prompt_tokens: int = 0

@@ -164,7 +164,7 @@ class ExpertFlowQuantizer(HfQuantizer):
             held = budget.process_bytes() + (expert_bytes if self.settings.store == "ram" else 0)
             free = budget.free_bytes()
         self._plan = budget.plan_memory(
-            measure_model(model, moe_layers, bytes_per_slot, staging),
+            measure_model(model, moe_layers, bytes_per_slot, staging, self.settings.context),
             self.settings,
             held,
             free,

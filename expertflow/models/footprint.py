@@ -31,9 +31,13 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def measure_model(
-    model: PreTrainedModel, moe_layers: Sequence[MoELayer], slot_bytes: int, staging_bytes: int
+    model: PreTrainedModel,
+    moe_layers: Sequence[MoELayer],
+    slot_bytes: int,
+    staging_bytes: int,
+    context: int = 0,
 ) -> ModelBytes:
-    """model: on meta, its experts already taken out. Tied weights count once."""
+    """model: on meta, its experts already taken out. Tied weights count once. context: of a sequence, tokens."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # Tying happens after loading; on meta the two ends are still two tensors.
@@ -49,7 +53,7 @@ def measure_model(
         slot_bytes=slot_bytes,
         staging_bytes=staging_bytes,
         kv_bytes_per_token=kv_bytes_per_token(model),
-        scratch_bytes_per_token=_scratch_bytes_per_token(model),
+        scratch_bytes_per_token=_scratch_bytes_per_token(model, context),
         scratch_bytes_per_sequence=16 * _vocabulary(model),
     )
 
@@ -151,7 +155,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return head.weight.shape[0] if head is not None else 0
 
 
-def _scratch_bytes_per_token(model: PreTrainedModel) -> int:
+def _scratch_bytes_per_token(model: PreTrainedModel, context: int) -> int:
     """Activations alive at once while one layer computes, counted generously: eight hidden states, the
     widest projection four times, and the [K, D] rows of experts five times (in, out, sorted back, and twice
     as wide when the routing weights are float32)."""
@@ -176,9 +180,9 @@ def _scratch_bytes_per_token(model: PreTrainedModel) -> int:
     per_token = 8 * hidden + 4 * max(widths, default=hidden) + 5 * top_k * hidden
     if config._attn_implementation == "eager":
         heads: int = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 1
-        return per_token * model.dtype.itemsize + 3 * heads * _EAGER_SPAN * 4
+        # It writes out a score for each earlier token.
+        return per_token * model.dtype.itemsize + 3 * heads * max(context, _LEAST_EAGER_SPAN) * 4
     return per_token * model.dtype.itemsize
 
 
-# Eager attention writes out a score for each earlier token. The context is not known here; 2048 is the default.
-_EAGER_SPAN = 2048
+_LEAST_EAGER_SPAN = 2048  # tokens: room for transformers' own uses, such as masks, where the context is short

@@ -538,6 +538,22 @@ def test_what_cannot_be_had_is_refused(folders: Callable[[str], Path]) -> None:
         Engine(llm, schedule="auto")
 
 
+@pytest.mark.parametrize(
+    ("sequences", "execution", "told"), [(8, "joint", True), (10, "joint", False), (4, "split", False)]
+)
+def test_too_few_units_to_exchange_are_told(
+    folders: Callable[[str], Path],
+    caplog: pytest.LogCaptureFixture,
+    sequences: int,
+    execution: str,
+    told: bool,
+) -> None:
+    with load(folders("qwen2_moe"), sequences=sequences) as llm, caplog.at_level(logging.WARNING):
+        with auto(llm, execution=execution):
+            pass
+        assert ("give sequences=9 or more" in caplog.text) == told
+
+
 def test_with_every_expert_in_memory_nobody_moves(folders: Callable[[str], Path]) -> None:
     with load(folders("qwen2_moe"), cache_size=8) as llm:
         assert Engine(llm, schedule="auto", execution="split")._auto is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from expertflow import LLM, SamplingParams
+from expertflow import LLM, SamplingParams, report
 from expertflow.commands.session import fitting
 from expertflow.engine.interrupts import Interrupts
 from expertflow.engine.llm import ChatTemplateError, _batches
@@ -328,6 +328,16 @@ def test_timing_counts_tokens(llm: LLM) -> None:
     assert (timing.prompt_tokens, timing.generated_tokens, timing.decoded_tokens) == (5, 11, 9)
     assert timing.first_token_seconds > 0
     assert timing.tokens_per_second == pytest.approx(9 / timing.decode_seconds)
+
+
+def test_prompts_read_beside_others_have_no_time_of_their_own(folder: Path) -> None:
+    with LLM(folder, cache_size=2, context=100, batch=1, sequences=2) as llm:
+        llm.generate(["ab", "abc"], SamplingParams(temperature=0, max_tokens=4))
+        names, texts_shown = (column.cells for column in report.speed_table(report.collect(llm)).columns)
+        shown = dict(zip(names, texts_shown, strict=True))
+    assert "time to first token" not in shown
+    assert shown["prompts"] == "5 tokens, in the time below"
+    assert shown["generated"] == "8 tokens"
 
 
 def rows(*lengths: tuple[int, int]) -> list[Row]:

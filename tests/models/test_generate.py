@@ -287,3 +287,17 @@ def test_a_decoder_prompt_counts_too(tmp_path):
     with pytest.raises(ValueError, match="20 tokens exceed the KV budget of 1 x 16"):
         model.generate(prompts(sequences=1, tokens=20)["input_ids"], max_new_tokens=2, do_sample=False)
     model.expertflow.close()
+
+
+@pytest.mark.parametrize(("name", "grows"), [("gpt_oss", True), ("mixtral", False)])
+def test_scratch_of_eager_attention_grows_with_the_context(tmp_path, name, grows):
+    """It writes out a score for each earlier token; the budget counted 2048 of them however long texts may be."""
+    write_checkpoint(name, tmp_path)
+    plans = []
+    for context in (512, 2048, 8192):
+        model = load(name, tmp_path, context=context)
+        plans.append(model.expertflow.plan.model.scratch_bytes_per_token)
+        model.expertflow.close()
+    heads = model.config.num_attention_heads
+    assert plans[0] == plans[1]
+    assert plans[2] - plans[1] == (3 * heads * (8192 - 2048) * 4 if grows else 0)
