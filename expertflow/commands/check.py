@@ -42,7 +42,7 @@ def check(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
-    """Is the output the same as that of transformers? A proof on your own checkpoint.
+    """Is the output the same as that of transformers? Tried on your own checkpoint.
 
     Compares logits and greedy tokens, forced mispredictions included; layer by layer when the whole model
     does not fit in memory. Leaves with 1 when they differ.

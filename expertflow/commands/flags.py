@@ -62,7 +62,7 @@ PatienceOption = Annotated[
         metavar="N",
         min=0,
         help="with --schedule auto: how many that came later may begin before one that waits; four times as many as "
-        "decode at once if not given",
+        "are held if not given",
         show_default=False,
     ),
 ]

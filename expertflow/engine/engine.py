@@ -42,7 +42,7 @@ class Engine:
     expert once for all batches of a unit, "split" runs them one after the other. schedule: "fixed" seats sequences in
     order of arrival; "auto" has those run together whose predicted paths are alike, and needs a predictor.
     scheduler: instead of "fixed", who sits together, asked between steps. patience: under "auto", how many that came
-    later may begin before a sequence that waits; None: four times as many as decode at once. clock: seconds, for
+    later may begin before a sequence that waits; None: four times as many as are held. clock: seconds, for
     deadlines. One engine at a time may use a model's KV budget. Close it.
     """
 

@@ -1,7 +1,7 @@
 """How well predictors do on held-out prompts, all baselines beside them, always.
 
 Decode and prefill apart, task by task (in-domain: a task that the fitted ones were fitted on), batches of
-different sequences at the same decode step. `evaluate` returns plain JSON; predictor_report.py shows it.
+different sequences at the same decode step. `evaluate` returns plain JSON; report.py shows it.
 """
 
 from __future__ import annotations

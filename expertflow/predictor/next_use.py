@@ -1,5 +1,6 @@
-"""When is each expert used next? From what a trained head expects and from what was used, mixed while serving.
+"""When is each expert used next? From what a trained head expects and from what was used, mixed as text goes by.
 
+For `eval-predictor`, which says with it what the head adds to use; the running cache has `pass_forecast.py`.
 The head alone is better than recency and frequency on text like that it was trained on, and worse on other text
 (docs/predictors.md). What is mixed here says for each horizon h whether an expert is used within h passes; the
 weights follow what comes true, so a head that is out of its depth loses its say.

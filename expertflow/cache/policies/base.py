@@ -20,7 +20,8 @@ class Forecast:
     """What a predictor expects, said before a pass. Batch-level: of all rows together, 1 - prod(1 - p).
 
     p_LE: probability that the pass needs the expert.
-    later_LE: passes until its next use after this pass, in expectation (1: the next pass); None: not known.
+    later_LE: passes until its next use after this pass (1: the next pass); None: not known. Where that is uncertain,
+    the number worth as much: the logarithm of the expected discount ** passes, to the base of NextUse's discount.
     """
 
     p_LE: Sequence[Sequence[float]]
