@@ -185,4 +185,4 @@ def _scratch_bytes_per_token(model: PreTrainedModel, context: int) -> int:
     return per_token * model.dtype.itemsize
 
 
-_LEAST_EAGER_SPAN = 2048  # tokens: room for transformers' own uses, such as masks, where the context is short
+_LEAST_EAGER_SPAN = 2048  # tokens: what budgets for short contexts were tried with
