@@ -34,6 +34,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.rivals import llama_cpp
 from benchmarks.rivals.ours import loading_rounds
 from benchmarks.shapes import QwenShape
+from expertflow.kv_name import KV_CACHE, kv_cache_of
 
 MODULE = "benchmarks.decode_under_budget"
 SYSTEMS = ("ours", "on-demand", "online", "accelerate", "llama.cpp", "resident")
@@ -245,8 +246,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
                 if experts.predicting is not None:
                     experts.predicting.reset_stats()
             began = time.perf_counter()
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{KV_CACHE: cache})
+            cache = kv_cache_of(out)
             ids = out.logits[:, -1].argmax(-1, keepdim=True)
             if options.text == "random":
                 ids = torch.randint(0, model.config.vocab_size, ids.shape, generator=generator)

@@ -26,6 +26,7 @@ from expertflow.cache.policies import POLICIES, SIMULATED, Forecast
 from expertflow.core import ExpertId, MoEShape
 from expertflow.disturbance import Disturbance, Watch
 from expertflow.engine.llm import LLM
+from expertflow.kv_name import KV_CACHE, kv_cache_of
 from expertflow.models.capture import capture_routes
 from expertflow.sim.clock import Outcome, Pass, Simulation
 from expertflow.sim.hardware import Costs
@@ -218,7 +219,7 @@ def run(folder: Path, case: Case, steps: int, part: int) -> Run:
         cache.memory.store = tap
         ids_BT = texts(llm, case.batch, length, part)
         with capture_routes(model) as capture, _timed_layers(llm) as layers:
-            past = model(ids_BT[:, :PROMPT], use_cache=True).past_key_values
+            past = kv_cache_of(model(ids_BT[:, :PROMPT], use_cache=True))
             watch = Watch()
             for number in range(SETTLE + steps):
                 if number == SETTLE:
@@ -228,7 +229,7 @@ def run(folder: Path, case: Case, steps: int, part: int) -> Run:
                 before = _counts(cache.stats)
                 layers.marks.clear()
                 began = time.perf_counter()
-                model(ids_BT[:, PROMPT + number : PROMPT + number + 1], past_key_values=past, use_cache=True)
+                model(ids_BT[:, PROMPT + number : PROMPT + number + 1], use_cache=True, **{KV_CACHE: past})
                 after = _counts(cache.stats)
                 if number >= SETTLE:
                     done.step_s.append(time.perf_counter() - began)

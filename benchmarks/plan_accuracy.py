@@ -31,6 +31,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.shapes import QwenShape
 from expertflow.config import Settings
 from expertflow.forecast import plan_model
+from expertflow.kv_name import KV_CACHE, kv_cache_of
 from expertflow.step_time import forecast_speed
 
 MODULE = "benchmarks.plan_accuracy"
@@ -181,14 +182,14 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     prefill_s = prompts(options.prompts)
     prefill = {"tokens_per_s": options.prompts * PROMPT / prefill_s, **_counts(cache.stats)}
 
-    past = model(input_ids=random_tokens(PAST), use_cache=True, logits_to_keep=1).past_key_values
+    past = kv_cache_of(model(input_ids=random_tokens(PAST), use_cache=True, logits_to_keep=1))
     # The prompt has left the cache in an order of its own; decoding settles within a few tokens.
     for _ in range(16):
-        model(input_ids=random_tokens(1), past_key_values=past, use_cache=True)
+        model(input_ids=random_tokens(1), use_cache=True, **{KV_CACHE: past})
     cache.reset_stats()
     started = time.perf_counter()
     for _ in range(options.tokens):
-        model(input_ids=random_tokens(1), past_key_values=past, use_cache=True)
+        model(input_ids=random_tokens(1), use_cache=True, **{KV_CACHE: past})
     decode_s = time.perf_counter() - started
     decode = {"tokens_per_s": options.tokens / decode_s, **_counts(cache.stats)}
     loaded.close()

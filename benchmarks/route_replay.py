@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from expertflow.kv_name import KV_CACHE, kv_cache_of
 from expertflow.trace import Trace, TracedSequence
 
 PROMPT = 16  # tokens of a prompt, its last ones: what is measured is decode
@@ -122,14 +123,14 @@ class RouteReplay:
         """One forward pass with the recorded routes; logits [B, T, V] of the positions asked for."""
         self._pending = list(call.routes_L)
         if call.begins_text:
-            self._text = {"past_key_values": None}
+            self._text = {KV_CACHE: None}
         if self.model.config.is_encoder_decoder:
             if call.source_BS is not None:
                 self._text["encoder_outputs"] = self.model.get_encoder()(input_ids=call.source_BS)
             out = self.model(decoder_input_ids=call.ids_BT, use_cache=True, **self._text)
         else:
             out = self.model(input_ids=call.ids_BT, use_cache=True, logits_to_keep=1, **self._text)
-        self._text["past_key_values"] = out.past_key_values
+        self._text[KV_CACHE] = kv_cache_of(out)
         assert not self._pending, f"{len(self._pending)} MoE layers of the recording did not run"
         return out.logits
 

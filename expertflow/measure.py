@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from expertflow.cache.expert_cache import Weights
+from expertflow.kv_name import KV_CACHE, kv_cache_of
 from expertflow.models.attach import METHOD, register
 from expertflow.models.experts import Attachment, run_experts
 from expertflow.models.products import linear
@@ -255,8 +256,8 @@ def _step_seconds(top_k: int, dtype: torch.dtype, seconds: float, layers: int = 
         experts.expertflow = Attachment(_ReadyExperts(weights, eviction), layer, config.num_experts)  # type: ignore[arg-type]
     token = torch.zeros(1, 1, dtype=torch.long)
     with torch.inference_mode():
-        cache = model(token.expand(1, 64), use_cache=True).past_key_values
-        step = _seconds_per_call(lambda _: model(token, past_key_values=cache).logits, seconds, eviction)
+        cache = kv_cache_of(model(token.expand(1, 64), use_cache=True))
+        step = _seconds_per_call(lambda _: model(token, **{KV_CACHE: cache}).logits, seconds, eviction)
         return step / layers
 
 

@@ -20,11 +20,12 @@ BELOW: dict[str, set[str]] = {
     "config": {"core"},
     "trace": {"core"},
     "whole_file": set(),
+    "kv_name": set(),
     "timeline": {"whole_file"},
     "store": {"core", "config", "trace", "early_memory"},
     "cache": {"core", "config", "trace", "store", "timeline"},
     "predictor": {"core", "config", "trace", "whole_file"},
-    "scheduler": {"core"},
+    "scheduler": {"core", "kv_name"},
     "sim": {"core", "config", "trace", "cache", "predictor", "scheduler"},
     "step_time": {"core", "config"},
     "budget": {"core", "config", "early_memory"},
@@ -43,8 +44,9 @@ BELOW: dict[str, set[str]] = {
         "early_memory",
         "read_ahead",
         "step_time",
+        "kv_name",
     },
-    "measure": {"core", "config", "store", "cache", "models", "step_time"},
+    "measure": {"core", "config", "store", "cache", "models", "step_time", "kv_name"},
 }
 BELOW["forecast"] = {*BELOW} - {"predictor", "scheduler", "sim"}
 BELOW["engine"] = {*BELOW} - {"sim", "forecast"}

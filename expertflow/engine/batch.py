@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from expertflow.engine.request import Row
 from expertflow.engine.runner import GenerativeModel, padded
 from expertflow.engine.sampler import choose_token
+from expertflow.kv_name import KV_CACHE, kv_cache_of
 from expertflow.scheduler.batch_state import BatchState, model_kwargs_of, state_of
 from expertflow.scheduler.kv_tensors import objection
 
@@ -86,7 +87,7 @@ class Batch:
         mask_BT = self.state.mask_BT
         self.state = replace(
             self.state,
-            cache=outputs.past_key_values,
+            cache=kv_cache_of(outputs),
             mask_BT=torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1),
         )
         return outputs.logits[:, -1].float()
@@ -128,7 +129,7 @@ class Prefill:
             return
         index_B = torch.tensor(keep)
         self._ids_BT, self._mask_BT = self._ids_BT[index_B], self._mask_BT[index_B]
-        self._kwargs["past_key_values"].batch_select_indices(index_B)
+        self._kwargs[KV_CACHE].batch_select_indices(index_B)
 
     def advance(self) -> Tensor | None:
         """Run the next chunk. After the last one: float32 logits_BV for the first token of every answer, else None."""
@@ -137,7 +138,7 @@ class Prefill:
         assert self._config is not None
         if self._seq2seq:
             outputs = _forward(self._model, self._ids_BT, self._kwargs, first=True)
-            self._kwargs["past_key_values"] = outputs.past_key_values
+            self._kwargs[KV_CACHE] = kv_cache_of(outputs)
         else:
             outputs = self._chunk(self._config.prefill_chunk_size or self._ids_BT.shape[1])
             if self._done < self._ids_BT.shape[1]:
@@ -183,7 +184,7 @@ class Prefill:
         # As generate does: without padding the mask is left out, and attention is faster.
         kwargs["attention_mask"] = None if bool(mask_BT.all()) else mask_BT
         outputs = _forward(self._model, self._ids_BT[:, begin:end], kwargs, first=begin == 0)
-        self._kwargs["past_key_values"] = outputs.past_key_values
+        self._kwargs[KV_CACHE] = kv_cache_of(outputs)
         self._done = end
         return outputs
 

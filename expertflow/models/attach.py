@@ -36,6 +36,7 @@ from expertflow.cache.policies import POLICIES
 from expertflow.config import Settings, parse_bandwidth, parse_bytes
 from expertflow.core import MoEShape
 from expertflow.early_memory import EARLY
+from expertflow.kv_name import kv_cache_in
 from expertflow.models import deepseek_moe
 from expertflow.models.continuous import keep_pages_in_budget
 from expertflow.models.experts import Attachment, expertflow_experts
@@ -359,7 +360,7 @@ class _ContextGuard:
         )
         if inputs is None or inputs.dim() < 2:
             return
-        cache = kwargs.get("past_key_values")
+        cache = kv_cache_in(kwargs)
         past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
         sequences, tokens = inputs.shape[0], inputs.shape[1] + int(past)
         if sequences * tokens > self.limit:

@@ -37,6 +37,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from expertflow.kv_name import KV_CACHE, kv_cache_of
+
 
 @strict
 class DeepseekConfig(LlamaConfig):
@@ -212,27 +214,33 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """As every transformers decoder: input_ids [B, T] or inputs_embeds [B, T, D], exactly one of them."""
+        """As every transformers decoder: input_ids [B, T] or inputs_embeds [B, T, D], exactly one of them.
+
+        cache: what transformers called past_key_values before 5.24.
+        """
+        cache = _one_of(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (
                 torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             ).unsqueeze(0)
 
+        handed_on: dict[str, Any] = {KV_CACHE: cache}
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **handed_on,
         )
         hidden_BTD = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_BTD, position_ids=position_ids)
@@ -242,13 +250,12 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **handed_on,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_BTD), past_key_values=past_key_values if use_cache else None
-        )
+        returned: dict[str, Any] = {KV_CACHE: cache if use_cache else None}
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_BTD), **returned)
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
@@ -275,6 +282,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """As every causal model of transformers; labels [B, T], -100 where there is no loss.
@@ -287,10 +295,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            **{KV_CACHE: _one_of(cache, past_key_values)},
             **kwargs,
         )
         hidden_BTD = outputs.last_hidden_state
@@ -307,15 +315,22 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits_BTV, labels, self.vocab_size, **kwargs)
             if aux_loss is not None:
                 loss = loss + self.config.aux_loss_alpha * aux_loss
+        returned: dict[str, Any] = {KV_CACHE: kv_cache_of(outputs)}
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits_BTV,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **returned,
         )
+
+
+def _one_of(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give cache or past_key_values, which are two names of one thing, and not both")
+    return cache if cache is not None else past_key_values
 
 
 def balance_loss(router_logits: tuple[Tensor, ...], batch_size: int, top_k: int) -> Tensor:

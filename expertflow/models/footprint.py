@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from expertflow.budget import ModelBytes
 from expertflow.config import Settings
+from expertflow.kv_name import kv_cache_of
 from expertflow.models.spans import MoELayer
 
 logger = logging.getLogger(__name__)
@@ -125,8 +126,8 @@ def _dry_run(model: PreTrainedModel, tokens: int) -> Any:
     try:
         if model.config.is_encoder_decoder:
             # Not use_cache=True, which Switch hands to its encoder and then refuses; decoders cache anyway.
-            return model(input_ids=ids, decoder_input_ids=ids).past_key_values
-        return model(input_ids=ids, use_cache=True).past_key_values
+            return kv_cache_of(model(input_ids=ids, decoder_input_ids=ids))
+        return kv_cache_of(model(input_ids=ids, use_cache=True))
     finally:
         model.train(was_training)
 

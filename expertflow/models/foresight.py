@@ -28,7 +28,7 @@ class Upcoming(NamedTuple):
 
     names: list[Name]
     newest_B1: Tensor
-    cache: Any  # transformers' past_key_values
+    cache: Any  # transformers' KV cache
     encoder_BSD: Tensor | None = None
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from expertflow.cache.expert_cache import ExpertCache
 from expertflow.cache.gate import PayoffGate
 from expertflow.cache.policies.base import FARTHEST, Forecast
+from expertflow.kv_name import kv_cache_in, kv_cache_of
 from expertflow.models.foresight import Foresight, Name, Question, Upcoming
 from expertflow.models.meeting import END, meet
 from expertflow.models.prediction_stats import PredictionStats
@@ -216,7 +217,7 @@ class Predicting:
         meet(self.source_layers - 0.5, self._begin_all, Call(args, kwargs))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        meet(END, self._end_all, getattr(output, "past_key_values", None))
+        meet(END, self._end_all, kv_cache_of(output))
 
     def _begin_all(self, calls: list[Call]) -> list[None]:
         nothing = [None] * len(calls)
@@ -287,7 +288,7 @@ class Predicting:
             if not asked:
                 predictor.learn(one.context, part, later)
         after = [
-            cache if cache is not None else call.kwargs.get("past_key_values")
+            cache if cache is not None else kv_cache_in(call.kwargs)
             for cache, call in zip(caches, running.calls, strict=True)
         ]
         contexts = [one.context for one in running.followed]
@@ -322,7 +323,7 @@ class Predicting:
             self._rows.begin(
                 ids_BS,
                 mask_of(call.kwargs, ids_BS),
-                call.kwargs.get("past_key_values"),
+                kv_cache_in(call.kwargs),
                 self._source_of(call.kwargs),
             )
             for call, ids_BS in zip(calls, known, strict=True)

@@ -52,7 +52,7 @@ class Rows:
     ) -> Followed:
         """The context of a pass over these new tokens. mask_BS: bool, false for padding.
 
-        cache: transformers' past_key_values or None. source: what an encoder read, ids and mask.
+        cache: transformers' KV cache or None. source: what an encoder read, ids and mask.
         """
         followed, known_B = self._follow(ids_BS, mask_BS, cache, source)
         if known_B is not None:

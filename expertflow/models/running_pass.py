@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from expertflow.kv_name import kv_cache_in
 from expertflow.models.rows import Followed
 
 
@@ -49,7 +50,7 @@ class RunningPass:
 
 
 def packs_sequences(kwargs: dict[str, Any]) -> bool:
-    cache = kwargs.get("past_key_values")
+    cache = kv_cache_in(kwargs)
     return kwargs.get("cu_seq_lens_q") is not None or (
         cache is not None and not hasattr(cache, "get_seq_length")
     )

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from expertflow.config import Settings
+from expertflow.kv_name import kv_cache_in
 
 
 def run_whole_without_cache(model: PreTrainedModel, settings: Settings) -> None:
@@ -38,7 +39,7 @@ def run_whole_without_cache(model: PreTrainedModel, settings: Settings) -> None:
     ) -> Any:
         this = reference()
         assert this is not None, "called on a model that is gone"
-        without_cache = generation_config.use_cache is False and model_kwargs.get("past_key_values") is None
+        without_cache = generation_config.use_cache is False and kv_cache_in(model_kwargs) is None
         if without_cache and generation_config.prefill_chunk_size == settings.prefill_chunk:
             sequences, longest = input_ids.shape[0], generation_config.max_length
             if sequences * longest > settings.batch * settings.prefill_chunk:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
+from expertflow.kv_name import KV_CACHE
 from expertflow.scheduler.carried import Axis, Carried
 from expertflow.scheduler.kv_tensors import TensorName, carried_by, lengths_seen, objection, rebuilt
 
@@ -141,7 +142,7 @@ def state_of(model: Any, model_kwargs: Mapping[str, Any]) -> BatchState:
 
     The decoder's mask then covers the next token already; or it is None, when nobody is padded.
     """
-    cache = model_kwargs["past_key_values"]
+    cache = model_kwargs[KV_CACHE]
     seq2seq = model.config.is_encoder_decoder
     encoder_BSD = model_kwargs["encoder_outputs"].last_hidden_state if seq2seq else None
     mask_BT = model_kwargs.get("decoder_attention_mask" if seq2seq else "attention_mask")
@@ -163,7 +164,7 @@ def model_kwargs_of(state: BatchState) -> dict[str, Any]:
     positions count the padding (not of an encoder-decoder, which takes none).
     """
     mask_BT = torch.cat([state.mask_BT, state.mask_BT.new_ones(state.num_rows, 1)], dim=1)
-    kwargs = {"past_key_values": state.cache, "use_cache": True}
+    kwargs = {KV_CACHE: state.cache, "use_cache": True}
     if state.encoder_BSD is None:
         return kwargs | {"attention_mask": mask_BT, "position_ids": position_ids(state)}
     return kwargs | {
