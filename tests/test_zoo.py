@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -19,6 +20,7 @@ from expertflow import LLM
 from expertflow.models.fingerprint import fingerprint
 from expertflow.trace import TracedSequence, TraceMeta, TraceWriter, read_trace
 from zoo import make_sample
+from zoo import optimizer as zoo_optimizer
 from zoo import report as zoo_report
 from zoo import train as zoo_train
 from zoo.architectures import ARCHITECTURES, build_model
@@ -410,6 +412,29 @@ def test_a_stopped_run_continues_as_if_it_had_not_stopped(corpus, tmp_path, monk
     assert steps == 8
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
+
+
+@pytest.mark.parametrize("arch", ["tiny", "switch-32"])
+@pytest.mark.parametrize(
+    ("asked", "slow", "kept"),
+    [
+        ("auto", True, torch.float32),
+        ("auto", False, torch.bfloat16),
+        ("float32", False, torch.float32),
+        ("bfloat16", True, torch.bfloat16),
+    ],
+)
+def test_weights_are_of_the_type_that_is_fast_here(arch, asked, slow, kept, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("expertflow.models.products.halves_are_slow", lambda: slow)
+    seen = set()
+    monkeypatch.setattr(
+        zoo_optimizer, "orthogonalize", lambda x, dtype: seen.add(dtype) or orthogonalize(x, dtype)
+    )
+    assert run_main(*small_args(arch, corpus, tmp_path, 200), "--dtype", asked) == 0
+    weights = load_file(tmp_path / "model.safetensors")
+    assert seen == {kept}
+    assert max(weights.values(), key=torch.numel).dtype == kept, "routers of Switch are float32 in any case"
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(kept).removeprefix("torch.")
 
 
 def test_all_layers_share_one_compilation_while_routers_are_watched():

@@ -54,8 +54,8 @@ class Architecture:
     rate_factors: Callable[[Shape], dict[str, float]] = _even_rates  # by the end of a parameter's name
 
 
-def build_model(architecture: Architecture, shape: Shape) -> PreTrainedModel:
-    """A freshly initialised bf16 model of `shape`; random numbers come from torch's global generator."""
+def build_model(architecture: Architecture, shape: Shape, dtype: str = "bfloat16") -> PreTrainedModel:
+    """A freshly initialised model of `shape`; random numbers come from torch's global generator."""
     import torch
     from transformers import GenerationConfig
 
@@ -63,8 +63,8 @@ def build_model(architecture: Architecture, shape: Shape) -> PreTrainedModel:
 
     register_experts()
     model: Any = architecture.build(shape)
-    model.to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
+    model.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
     if architecture.seq2seq:
         speed_up_switch(model)
     else:

@@ -1,4 +1,4 @@
-"""Muon for hidden matrices, Adam for the rest, on float32 masters of bf16 weights.
+"""Muon for hidden matrices, Adam for the rest, on float32 masters of the weights.
 
 Muon orthogonalises the momentum of each matrix (Jordan et al., 2024); experts are stacks of matrices and go
 through the same batched iteration. Gate and up halves of a fused projection are orthogonalised apart.
@@ -39,10 +39,13 @@ class OptimizerConfig:
     expert_every: int = 2
 
 
-def orthogonalize(momentum_XRC: Tensor, steps: int = 5) -> Tensor:
-    """Nearest orthogonal matrix, roughly, of each of X matrices R x C, by a quintic Newton-Schulz iteration."""
+def orthogonalize(momentum_XRC: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
+    """Nearest orthogonal matrix, roughly, of each of X matrices R x C, by a quintic Newton-Schulz iteration.
+
+    dtype: of its products; bfloat16 is precise enough.
+    """
     a, b, c = _COEFFICIENTS
-    x_XRC = momentum_XRC.to(torch.bfloat16)
+    x_XRC = momentum_XRC.to(dtype)
     flip = x_XRC.shape[1] > x_XRC.shape[2]
     if flip:
         x_XRC = x_XRC.transpose(1, 2).contiguous()
@@ -70,7 +73,7 @@ def is_expert(name: str) -> bool:
 
 
 class MasterOptimizer:
-    """Owns float32 masters; `step` consumes the bf16 gradients and rewrites the model's weights."""
+    """Owns float32 masters; `step` consumes the gradients and rewrites the model's weights."""
 
     def __init__(
         self, model: nn.Module, config: OptimizerConfig, factors: Mapping[str, float] | None = None
@@ -149,7 +152,9 @@ class MasterOptimizer:
                 grad = grads[name].float()
                 self.momentum[name].lerp_(grad, 1 - c.momentum)
                 momenta.append(as_matrices(name, grad.lerp_(self.momentum[name], c.momentum)))
-            updates_XRC = orthogonalize(momenta[0] if len(momenta) == 1 else torch.cat(momenta)).float()
+            # In the weights' own type: the one in which this machine multiplies fast.
+            dtype = self.parameters[batch[0]].dtype
+            updates_XRC = orthogonalize(torch.cat(momenta), dtype).float()
             for name, update_XRC in zip(batch, updates_XRC.split([len(m) for m in momenta]), strict=True):
                 as_matrices(name, self.master[name]).add_(update_XRC, alpha=-rate * self._factor[name])
 

@@ -1,7 +1,7 @@
 """Train a small mixture of experts from scratch: `python -m zoo.train --arch tiny -o DIR`.
 
 Not a framework: one process, one device, one loop. Notable: models train through their published classes
-with one fast experts function; bf16 weights have float32 masters; the order of the data and the learning
+with one fast experts function; weights have float32 masters; the order of the data and the learning
 rate are functions of the token count, so a run can be stopped and resumed with another --tokens and its rate
 still reaches zero exactly there.
 """
@@ -64,6 +64,11 @@ class Recipe:
     compile: bool = setting(
         False, "fuse with torch.compile: a third faster after a minute; needs a C++ compiler"
     )
+    dtype: str = setting(
+        "auto",
+        "of weights and products: bfloat16, or float32, which a processor without bfloat16 instructions multiplies "
+        "many times as fast; auto asks it",
+    )
     threads: int = setting(1, "threads; two runs of one thread beat one run of two")
     log_steps: int = setting(50, "steps between log lines")
     eval_steps: int = setting(500, "steps between measurements on held-out text")
@@ -87,6 +92,8 @@ class Recipe:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if self.vocab < 260:
             raise ValueError(f"--vocab {self.vocab} is too small: 256 bytes and 4 marks need 260")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"--dtype {self.dtype} is unknown; use auto, bfloat16 or float32")
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"--decay-share {self.decay_share} must lie between 0 and 1")
 
@@ -125,6 +132,15 @@ class Recipe:
         return shape
 
 
+def dtype_here(wanted: str) -> str:
+    """`wanted`, or for "auto" the type in which this processor multiplies fast."""
+    from expertflow.models.products import halves_are_slow
+
+    if wanted != "auto":
+        return wanted
+    return "float32" if halves_are_slow() else "bfloat16"
+
+
 def rate_scale(tokens: int, recipe: Recipe) -> float:
     """Factor on every learning rate after `tokens`: warm-up, plateau, linear decay to 0 at recipe.tokens."""
     warmup = max(1.0, min(recipe.warmup_tokens, recipe.tokens / 10))
@@ -148,7 +164,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         shape = recipe.shape(len(self.tokens.tokenizer))
         self.top_k = shape.top_k
-        self.model: Any = build_model(recipe.architecture, shape)
+        self.model: Any = build_model(recipe.architecture, shape, dtype_here(recipe.dtype))
         self.model.config.router_aux_loss_coef = recipe.balance
         self.optimizer: MasterOptimizer = MasterOptimizer(
             self.model,
