@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from expertflow.cache.expert_cache import ExpertCache, Weights
 from expertflow.models.meeting import in_meeting, meet
-from expertflow.models.products import linear, linear_into
+from expertflow.models.products import linear, linear_into, widens
 
 if TYPE_CHECKING:
     from expertflow.models.lookahead import LookAhead
@@ -274,6 +274,8 @@ class Products:
         bias = weights[f"{role}_bias"][0] if self.module.has_bias else None
         if transposed:
             (matrix,) = parts  # [in, out]; spans.py never splits these
+            if widens(len(rows), matrix):
+                return linear(rows, matrix.t(), bias)
             out = rows @ matrix
             return out.add_(bias) if bias is not None else out
         if len(parts) == 1:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from expertflow.budget import ModelBytes
 from expertflow.config import Settings
 from expertflow.kv_name import kv_cache_of
+from expertflow.models.products import widens
 from expertflow.models.spans import MoELayer
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ def _scratch_bytes_per_token(model: PreTrainedModel, context: int) -> int:
     config = model.config.get_text_config(decoder=True)
     hidden = config.hidden_size
     head = model.get_output_embeddings()
-    widths = [m.out_features for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    dense = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    widths = [m.out_features for m in dense]
     top_k = next(
         (
             value
@@ -179,6 +181,9 @@ def _scratch_bytes_per_token(model: PreTrainedModel, context: int) -> int:
         2,
     )
     per_token = 8 * hidden + 4 * max(widths, default=hidden) + 5 * top_k * hidden
+    if widens(_MANY_ROWS, torch.empty(0, dtype=model.dtype)):
+        # Rows in float32, and as much of what they give as one block of the weight makes.
+        per_token += 2 * (max((m.in_features for m in dense), default=hidden) + max(widths, default=hidden))
     if config._attn_implementation == "eager":
         heads: int = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 1
         # It writes out a score for each earlier token.
@@ -186,4 +191,5 @@ def _scratch_bytes_per_token(model: PreTrainedModel, context: int) -> int:
     return per_token * model.dtype.itemsize
 
 
+_MANY_ROWS = 256
 _LEAST_EAGER_SPAN = 2048  # tokens: what budgets for short contexts were tried with
