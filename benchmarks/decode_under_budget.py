@@ -300,6 +300,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         if experts.predicting is not None:
             prediction = experts.predicting.stats
             result["predict_s_per_step"] = prediction.predict_seconds / options.tokens
+            result["look_ahead_s_per_step"] = prediction.look_ahead_seconds / options.tokens
             result["prediction"] = prediction.to_dict()
         experts.close()
     return result

@@ -153,6 +153,7 @@ def on_the_clock(options: argparse.Namespace, model: Path) -> list[dict[str, Any
                         "hit_ratio": cache.hit_ratio,
                         "stalled": cache.stall_seconds / seconds,
                         "scheduling_share": stats.scheduling_share,
+                        "paths_share": stats.paths_share,
                         "regroupings": stats.regroupings,
                         "exchanges": stats.exchanges,
                         "preferred": stats.preferred,

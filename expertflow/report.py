@@ -132,7 +132,10 @@ def speed_table(report: dict[str, Any]) -> Table:
             table.add_row("regroupings", str(engine["regroupings"]))
         if engine.get("schedule") == "auto":
             hidden = engine["hidden_predict_seconds"] + engine["hidden_group_seconds"]
-            share = f"{engine['scheduling_share']:.1%} of steps, {hidden:.2f} s hidden"
+            # A file that an earlier version saved does not tell look-ahead apart.
+            critical = engine.get("paths_share", engine["scheduling_share"])
+            ahead = engine["scheduling_share"] - critical
+            share = f"{critical:.1%} of steps (look-ahead {ahead:.1%} more), {hidden:.2f} s hidden"
             table.add_row("predicting and grouping", f"{share}, late {engine['late']} times")
     else:
         if timing["prefill_seconds"]:

@@ -234,7 +234,7 @@ class Engine:
         unit = self._next_unit()
         if unit is None:
             return False
-        started, predicted = time.perf_counter(), self._predict_seconds()
+        started, (predicted, looked_ahead) = time.perf_counter(), self._predict_seconds()
         decoding = 0
         if self._auto is not None:
             self._exchange(self._auto, unit)
@@ -252,7 +252,9 @@ class Engine:
             self._stats.decode_rows += decoding
         ended = time.perf_counter()
         self._stats.step_seconds += ended - started
-        self._stats.predict_seconds += self._predict_seconds() - predicted
+        predicted_now, looked_ahead_now = self._predict_seconds()
+        self._stats.predict_seconds += predicted_now - predicted
+        self._stats.look_ahead_seconds += looked_ahead_now - looked_ahead
         if (timeline := self._llm.timeline) is not None:
             timeline.add("compute", f"unit {self._units.index(unit)}", started, ended, decoding=decoding)
         return True
@@ -297,10 +299,12 @@ class Engine:
         """Whether no other unit computes between two steps of this one."""
         return not any(other.members for other in self._units if other is not unit)
 
-    def _predict_seconds(self) -> float:
-        """Of the thread that steps, so far."""
+    def _predict_seconds(self) -> tuple[float, float]:
+        """Of the thread that steps, so far: all, and look-ahead alone."""
         predicting = self._llm.experts.predicting
-        return predicting.stats.predict_seconds if predicting is not None else 0.0
+        if predicting is None:
+            return 0.0, 0.0
+        return predicting.stats.predict_seconds, predicting.stats.look_ahead_seconds
 
     @contextmanager
     def _failing(self, *units: Unit) -> Iterator[None]:

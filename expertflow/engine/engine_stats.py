@@ -26,6 +26,7 @@ class EngineStats:
     step_seconds: float = 0.0
     # Of step_seconds: prediction (with look-ahead, and learning when alone), grouping, waiting for what is late.
     predict_seconds: float = 0.0
+    look_ahead_seconds: float = 0.0  # part of predict_seconds, which no other unit can hide
     group_seconds: float = 0.0
     wait_seconds: float = 0.0
     # While another unit computed.
@@ -53,6 +54,12 @@ class EngineStats:
         seconds = self.predict_seconds + self.group_seconds + self.wait_seconds
         return seconds / self.step_seconds if self.step_seconds else 0.0
 
+    @property
+    def paths_share(self) -> float:
+        """The same without look-ahead: what predicting paths before a pass and grouping by them take of steps."""
+        seconds = self.predict_seconds - self.look_ahead_seconds + self.group_seconds + self.wait_seconds
+        return seconds / self.step_seconds if self.step_seconds else 0.0
+
     def to_dict(self) -> dict[str, Any]:
-        more = ("rows_per_step", "tokens_per_second", "scheduling_share")
+        more = ("rows_per_step", "tokens_per_second", "scheduling_share", "paths_share")
         return asdict(self) | {name: getattr(self, name) for name in more}

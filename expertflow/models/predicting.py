@@ -117,6 +117,7 @@ class Predicting:
             return
         number = layer - self.source_layers
         refined_E: list[float] | None = None
+        before = self._stats.predict_seconds
         with self._asking() as predictor:
             if predictor is not None:
                 hidden_ND, routes_NK = hidden_TD.detach().cpu(), running.routes_L[-1]
@@ -126,6 +127,7 @@ class Predicting:
                 if p_E is not None:
                     running.p_LE[number + 1, : len(p_E)] = p_E
                     refined_E = p_E[: self._experts_L[number + 1]].tolist()
+        self._stats.look_ahead_seconds += self._stats.predict_seconds - before
         if refined_E is not None:
             self.cache.refine(layer + 1, refined_E)
 

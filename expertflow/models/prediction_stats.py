@@ -14,6 +14,7 @@ class PredictionStats:
     passes: int = 0  # that had a forecast
     foreseen: int = 0  # passes among them whose rows had been asked about before
     predict_seconds: float = 0.0  # asking, looking ahead and learning, while no pass could run
+    look_ahead_seconds: float = 0.0  # part of it: asking the next layer's router while a pass runs
     hidden_seconds: float = 0.0  # asking and learning in a thread of its own
     needed: int = 0
     predicted: int = 0  # by what was known when the layer began

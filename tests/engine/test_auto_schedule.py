@@ -239,6 +239,8 @@ def test_one_unit_alone_predicts_on_the_critical_path(
         assert stats.groupings > 10
         seconds = stats.predict_seconds + stats.group_seconds + stats.wait_seconds
         assert 0 < stats.scheduling_share == seconds / stats.step_seconds < 1
+        assert 0 < stats.look_ahead_seconds < stats.predict_seconds
+        assert stats.paths_share == pytest.approx((seconds - stats.look_ahead_seconds) / stats.step_seconds)
         engine.reset_stats()
         assert engine.stats.group_seconds == engine.stats.groupings == 0
 
