@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,7 @@ def test_nothing_to_copy() -> None:
     assert copy.shape == (0, 3)
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="nothing is had early on a single core")
 def test_copies_lie_in_memory_that_was_had_early() -> None:
     nbytes = 3 * early_memory.SMALLEST_BYTES
     EARLY.begin(nbytes)
