@@ -37,8 +37,8 @@ class Settings:
     )
     predictor: str = setting(
         "none",
-        "who foretells which experts are needed, to prefetch them: none, online (learns while it serves), or a "
-        "folder of train-predictor; same output",
+        "who foretells which experts are needed, to prefetch them: none, online (learns while it serves), "
+        "draft (that, and each step run once before without its experts), or a folder of train-predictor; same output",
     )
     store: str = setting(
         "disk", "where the other experts are: disk (read in place) or ram (all copied there)"

@@ -163,6 +163,11 @@ def checked_seating(
         raise ValueError(
             "--schedule auto groups by predicted experts; add --predictor online, or a trained one"
         )
+    if schedule == "auto" and settings.predictor == "draft":
+        raise ValueError(
+            "--schedule auto groups by what is foreseen while another unit runs, and --predictor draft says it when a "
+            "pass begins; use --predictor online or a trained one"
+        )
     if patience is not None and schedule != "auto":
         raise ValueError(
             f"--patience {patience} is of --schedule auto, and --schedule {schedule} begins in order of arrival; "

@@ -421,6 +421,11 @@ def _auto_schedule(
             "schedule='auto' groups sequences by predicted experts, and predictor='none'; give predictor='online' "
             "(--predictor online) or a trained one"
         )
+    if llm.settings.predictor == "draft":
+        raise ValueError(
+            "schedule='auto' groups by what is foreseen while another unit runs, and predictor='draft' says it when a "
+            "pass begins; give predictor='online' or a trained one"
+        )
     if positions_follow_cache(llm.model):
         raise ValueError(
             f"schedule='auto' cannot move sequences of {type(llm.model).__name__}, which takes positions from the "

@@ -236,6 +236,7 @@ class ExpertFlowQuantizer(HfQuantizer):
         for layer in self._moe_layers:
             experts: Any = model.get_submodule(layer.name)
             experts.expertflow.predicting = predicting
+            experts.expertflow.draft = predicting.draft
         seq2seq = model.config.is_encoder_decoder
         predicting.listen(model.get_encoder() if seq2seq else None, model.get_decoder() if seq2seq else model)
 

@@ -19,6 +19,7 @@ from expertflow.models.meeting import in_meeting, meet
 from expertflow.models.products import linear, linear_into, widens
 
 if TYPE_CHECKING:
+    from expertflow.models.draft import Draft
     from expertflow.models.lookahead import LookAhead
     from expertflow.models.predicting import Predicting
 
@@ -38,6 +39,7 @@ class Attachment:
     look_ahead: LookAhead | None = None  # what predicts the next layer
     recorder: Recorder | None = None  # is told every routing of this layer (capture.py)
     predicting: Predicting | None = None  # who asks a predictor, and wants to know of every layer
+    draft: Draft | None = None  # runs the stack without experts before each decode step
     products: Products | None = None  # made at the first call
 
 
@@ -62,6 +64,8 @@ def run_experts(
     summed over K: summing in order of arrival would make the last bits depend on what was cached.
     Passes that run together meet here, and an expert is opened once for all of them.
     """
+    if attachment.draft is not None and attachment.draft.running:
+        return attachment.draft.routed(hidden_TD, index_TK)
     if attachment.recorder is not None:
         attachment.recorder(attachment.layer, index_TK, weight_TK)
     if in_meeting():

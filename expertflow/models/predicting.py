@@ -30,6 +30,7 @@ from expertflow.cache.expert_cache import ExpertCache
 from expertflow.cache.gate import PayoffGate
 from expertflow.cache.policies.base import FARTHEST, Forecast
 from expertflow.kv_name import kv_cache_in, kv_cache_of
+from expertflow.models.draft import Draft
 from expertflow.models.foresight import Foresight, Name, Question, Upcoming
 from expertflow.models.meeting import END, meet
 from expertflow.models.prediction_stats import PredictionStats
@@ -73,6 +74,7 @@ class Predicting:
         self._begun = -1  # passes since that was said, less 1
         self._told = -1  # of which of them the cache has heard what follows
         self._turns = threading.Lock()  # of the two, so that nobody speaks of a pass that has begun meanwhile
+        self.draft: Draft | None = None
         self.learn_later: Later | None = None  # who learns while the next pass runs; None: it waits
         self._pass: RunningPass | None = None
         self._stats = PredictionStats(name)
@@ -95,7 +97,9 @@ class Predicting:
         return self._stats
 
     def reset_stats(self) -> None:
-        self._stats = PredictionStats(self.name, failed=self._stats.failed)
+        self._stats = PredictionStats(
+            self.name, failed=self._stats.failed, draft_failed=self._stats.draft_failed
+        )
 
     def listen(self, encoder: nn.Module | None, decoder: nn.Module) -> None:
         """Hook on to the stacks of a model; `encoder` is None where there is none."""
@@ -229,7 +233,7 @@ class Predicting:
         if self._stats.failed is not None:
             return nothing
         started = self._clock()
-        forecast = None
+        forecast, inference = None, torch.is_inference_mode_enabled()
         with self._asking() as predictor:
             self._pass = running = self._follow(calls, started)
             if running is not None and not self.gate.open:
@@ -238,7 +242,13 @@ class Predicting:
                 running.routes_L = []
                 if predictor is not None:
                     foreseen = self._foresight.find(running.whole)
-                    said = predictor.begin(running.whole.context, running.whole.origin_B, foreseen)
+                    asked = running.whole.context, running.whole.origin_B, foreseen
+                    drafted_B1LE = self._drafted(running, inference)
+                    said = (
+                        predictor.begin(*asked)
+                        if drafted_B1LE is None
+                        else predictor.begin(*asked, drafted_B1LE)
+                    )
                     if said is not None:
                         self._stats.foreseen += foreseen is not None
                         self._newest_p_LE = running.p_LE = said.p_LE.clone()
@@ -248,6 +258,32 @@ class Predicting:
             self._begun += 1
         self._tell_of_next(hidden=False)
         return nothing
+
+    def _drafted(self, running: RunningPass, inference: bool) -> Tensor | None:
+        """What a draft says of the rows that are asked about; None of prompts, which need nearly everything.
+
+        One that fails is not made again, and the others are asked as before.
+        """
+        if running.whole.context.num_new != 1 or self.draft is None:
+            return None
+        before = self._clock()
+        asked = [call for call, is_asked in zip(running.calls, running.asked, strict=True) if is_asked]
+        try:
+            self.cache.begin_pass(None)  # the forecast that follows begins it anew, with all that is known
+            return self.draft.p_N1LE(asked, inference, self._drafted_layer)
+        except Exception as error:
+            self.draft = None
+            self._stats.draft_failed = f"{type(error).__name__}: {error}"
+            logger.warning(
+                "no draft is made any more (%s); the online table and look-ahead go on, and the output is the same",
+                self._stats.draft_failed,
+            )
+            return None
+        finally:
+            self._stats.draft_seconds += self._clock() - before
+
+    def _drafted_layer(self, layer: int, p_E: Tensor) -> None:
+        self.cache.refine(self.source_layers + layer, p_E[: self._experts_L[layer]].tolist())
 
     def _end_all(self, caches: list[Any]) -> list[None]:
         running = self._running()

@@ -15,11 +15,13 @@ class PredictionStats:
     foreseen: int = 0  # passes among them whose rows had been asked about before
     predict_seconds: float = 0.0  # asking, looking ahead and learning, while no pass could run
     look_ahead_seconds: float = 0.0  # part of it: asking the next layer's router while a pass runs
+    draft_seconds: float = 0.0  # part of predict_seconds too: passes without experts, before those with them
     hidden_seconds: float = 0.0  # asking and learning in a thread of its own
     needed: int = 0
     predicted: int = 0  # by what was known when the layer began
     right: int = 0  # predicted and needed
     failed: str | None = None  # why the predictor is not asked any more
+    draft_failed: str | None = None  # why no draft is made any more, while the others are asked
     gate: str = ""  # whether prefetching pays, and why it is on or off
 
     @property

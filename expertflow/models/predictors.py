@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.policies import POLICIES
 from expertflow.config import Settings
+from expertflow.models.draft import Draft
 from expertflow.models.fingerprint import fingerprint
+from expertflow.models.footprint import kv_bytes_per_token
 from expertflow.models.predicting import MakePredictor, Predicting
 from expertflow.models.routers import decoder_layers, router_products
 from expertflow.models.spans import MoELayer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from expertflow.models.attach import LoadedExperts
 
 logger = logging.getLogger(__name__)
+UNTRAINED = ("online", "draft")  # predictors that are no folder
 
 
 def check_predictor(settings: Settings) -> None:
@@ -39,11 +42,11 @@ def check_predictor(settings: Settings) -> None:
             f"policy={settings.policy!r} makes no use of predictor={settings.predictor!r}; leave the policy out, or "
             f"use one that looks ahead: {listening}"
         )
-    if settings.predictor == "online":
+    if settings.predictor in UNTRAINED:
         return
     if not Path(settings.predictor).is_dir():
         raise ValueError(
-            f"predictor={settings.predictor!r} is neither 'none', 'online' nor a folder; make one with "
+            f"predictor={settings.predictor!r} is neither 'none', 'online', 'draft' nor a folder; make one with "
             f"`expertflow train-predictor`"
         )
     read_description(settings.predictor)
@@ -61,7 +64,10 @@ def predictor_bytes(model: PreTrainedModel, moe_layers: Sequence[MoELayer], sett
         except ValueError:
             continue
         nbytes += 4 * weight.numel()
-    if settings.predictor != "online":
+    if settings.predictor == "draft":
+        # While it lasts there are the old states and the new ones.
+        nbytes += kv_bytes_per_token(model) * settings.context * settings.unit
+    if settings.predictor not in UNTRAINED:
         nbytes += int(read_description(settings.predictor)["bytes"])
     return nbytes
 
@@ -76,19 +82,23 @@ def new_predicting(model: PreTrainedModel, loaded: LoadedExperts) -> Predicting 
         return None
     layers = decoder_layers(model, loaded.moe_layers)
     trained = None
-    if settings.predictor != "online":
+    if settings.predictor not in UNTRAINED:
         # A seed set before loading must give the answers it would give.
         with torch.random.fork_rng(devices=[]):
             trained = load_predictor(settings.predictor, fingerprint(model))
     if cache.num_slots >= cache.shape.num_experts or not layers:
         return None  # nothing is ever read twice
-    ahead = _routers(model, layers)
-    return Predicting(
+    experts_L, source_layers = [layer.num_experts for layer in layers], len(loaded.moe_layers) - len(layers)
+    drafts = settings.predictor == "draft"
+    predicting = Predicting(
         cache,
         settings.predictor,
-        _maker([layer.num_experts for layer in layers], trained, ahead),
-        source_layers=len(loaded.moe_layers) - len(layers),
+        _maker(experts_L, trained, _routers(model, layers), drafts),
+        source_layers=source_layers,
     )
+    if drafts:
+        predicting.draft = Draft(model.get_decoder(), experts_L)
+    return predicting
 
 
 _Products = tuple[list[Tensor], list[Tensor | None]]
@@ -110,7 +120,7 @@ def _routers(model: PreTrainedModel, layers: Sequence[MoELayer]) -> _Products | 
 
 
 def _maker(
-    experts_L: list[int], trained: RoutingPathPredictor | None, ahead: _Products | None
+    experts_L: list[int], trained: RoutingPathPredictor | None, ahead: _Products | None, drafts: bool
 ) -> MakePredictor:
     def make(top_k: int) -> ServingPredictor:
         asked = None
@@ -119,6 +129,6 @@ def _maker(
             asked = GateLookAhead(
                 weight_LED, top_k, [None if bias is None else bias.float() for bias in bias_LE]
             )
-        return ServingPredictor(len(experts_L), max(experts_L), top_k, trained, asked)
+        return ServingPredictor(len(experts_L), max(experts_L), top_k, trained, asked, drafts)
 
     return make

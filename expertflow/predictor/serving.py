@@ -67,13 +67,17 @@ class PassPredictor(Protocol):
     """
 
     def begin(
-        self, context: PathContext, origin_B: Tensor | None, foreseen: Foreseen | None = None
+        self,
+        context: PathContext,
+        origin_B: Tensor | None,
+        foreseen: Foreseen | None = None,
+        drafted_B1LE: Tensor | None = None,
     ) -> Expected | None:
         """What the pass over the new positions of `context` will need; None where nothing is said.
 
         origin_B: which row of the pass before each row continues (int64); None where not all of them were in it:
         texts begin, or `context` has the end of what was before. foreseen: what has been said of these very rows
-        already, all of them real; then nobody is asked again.
+        already, all of them real; then nobody is asked again. drafted_B1LE: what a draft of this pass said of each row.
         """
         ...
 
@@ -126,10 +130,16 @@ class ServingPredictor:
         top_k: int,
         trained: RoutingPathPredictor | None = None,
         ahead: LayerPredictor | None = None,
+        drafts: bool = False,
     ):
+        """drafts: `begin` will be given what drafts said."""
         self.trained = trained
         table = OnlineTokenTable(layers, num_experts, top_k, TABLE_BYTES)
         sources: list[PathPredictor] = [table] if trained is None else [trained, table]
+        self._share = top_k / num_experts
+        self.drafts = drafts
+        if drafts:
+            sources.append(_Drafts())
         self.combination = Combination(sources, layers, num_experts, ahead)
         self.has_head = trained is not None and trained.next_use_head is not None
         self.expected = PassForecast(layers, num_experts, top_k, True, self.has_head)
@@ -146,7 +156,11 @@ class ServingPredictor:
         return TABLE_BYTES + layers * num_experts * per_expert
 
     def begin(
-        self, context: PathContext, origin_B: Tensor | None, foreseen: Foreseen | None = None
+        self,
+        context: PathContext,
+        origin_B: Tensor | None,
+        foreseen: Foreseen | None = None,
+        drafted_B1LE: Tensor | None = None,
     ) -> Expected | None:
         if origin_B is None and context.routes_BTLK is None:
             self.forget()
@@ -156,7 +170,7 @@ class ServingPredictor:
             self.forget()
             return None
         if foreseen is None:
-            foreseen = self.foresee(context, origin_B, _PASSES)
+            foreseen = self._foresee(context, origin_B, _PASSES, drafted_B1LE)
             if foreseen is None:
                 return None
             foreseen = foreseen.select(_real_rows(context))
@@ -169,14 +183,30 @@ class ServingPredictor:
         return Expected(now_LE, later_LE)
 
     def foresee(self, context: PathContext, origin_B: Tensor | None, lane: Hashable) -> Foreseen | None:
+        return self._foresee(context, origin_B, lane, None)
+
+    def _foresee(
+        self, context: PathContext, origin_B: Tensor | None, lane: Hashable, drafted_B1LE: Tensor | None
+    ) -> Foreseen | None:
         assert context.num_new == 1, "rows of one new position"
-        if self.trained is None:
-            return Foreseen(self.combination.consult(context))
-        states_B1D = self._advance(self.trained, context, origin_B, lane)
-        if states_B1D is None:
-            return None
-        p_B1LE, absent_BCLE = self._speak(self.trained, context, states_B1D)
-        return Foreseen(self.combination.consult(context, {0: p_B1LE}), absent_BCLE)
+        answers: dict[int, Tensor] = {}
+        absent_BCLE = None
+        if self.drafts:
+            if drafted_B1LE is None:  # no draft of this pass: what says nothing
+                shape = (
+                    len(context.target_BT),
+                    1,
+                    self.combination.before.weight_LCM.shape[0],
+                    self.num_experts,
+                )
+                drafted_B1LE = torch.full(shape, self._share)
+            answers[len(self.combination.sources) - 1] = drafted_B1LE
+        if self.trained is not None:
+            states_B1D = self._advance(self.trained, context, origin_B, lane)
+            if states_B1D is None:
+                return None
+            answers[0], absent_BCLE = self._speak(self.trained, context, states_B1D)
+        return Foreseen(self.combination.consult(context, answers), absent_BCLE)
 
     def soon(self, foreseen: Foreseen) -> Tensor:
         return self.expected.peek(_any_row(foreseen.p_NLE))
@@ -241,6 +271,13 @@ class ServingPredictor:
                 absent_BCLE = 1 - trained.next_use_logits(states_B1D)[:, 0].sigmoid().cummax(1).values
         # Copies: tensors made in inference mode could not be learnt from outside of it.
         return p_B1LE.clone(), None if absent_BCLE is None else absent_BCLE.clone()
+
+
+class _Drafts:
+    """Stands for the draft among the sources of a combination, which always gets its answers."""
+
+    def predict(self, context: PathContext) -> Tensor:
+        raise AssertionError("a draft is made by who runs the model")
 
 
 def _start(trained: RoutingPathPredictor, context: PathContext, mask_BS: Tensor) -> PathState | None:

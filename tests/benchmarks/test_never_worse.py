@@ -29,10 +29,17 @@ def test_cells_are_what_the_simulator_says_of_the_same_conditions() -> None:
     (cell,) = never_worse.cells(options(), TRACE)
     trace = read_trace(TRACE, weights=False)
     size, _ = size_of(trace.meta, None, None)
-    rows = compare(
-        foretell_all(trace, TRACE, "test", ["noise"], warm=64),
-        Conditions(("lru", "lfu", "plec"), (8,), (4,), (hardware("a40"),), size.expert_bytes, size.dense_bytes, (1.0,), 20),
-    )  # fmt: skip
+    conditions = Conditions(
+        ("lru", "lfu", "plec"),
+        (8,),
+        (4,),
+        (hardware("a40"),),
+        size.expert_bytes,
+        size.dense_bytes,
+        (1.0,),
+        20,
+    )
+    rows = compare(foretell_all(trace, TRACE, "test", ["noise"], warm=64), conditions)
     seconds = {(row["policy"], row["predictor"]): row["step_seconds"] for row in rows}
     better = min(("lru", "lfu"), key=lambda name: seconds[name, "-"])
     assert cell["better"] == better
