@@ -345,7 +345,7 @@ def test_a_predictor_takes_memory_and_its_setting_is_checked(
     model.expertflow.close()
     smallest = plan(folder, memory="1B", predictor="online").smallest_budget
     assert smallest >= online.predictor_bytes + plan(folder, memory="1B").smallest_budget - (1 << 20)
-    with pytest.raises(ValueError, match="neither 'none', 'online' nor a folder"):
+    with pytest.raises(ValueError, match="neither 'none', 'online', 'draft' nor a folder"):
         plan(folder, predictor="crystal-ball")
 
 
