@@ -44,7 +44,7 @@ from expertflow.models.footprint import honoured_prefill, measure_model, within_
 from expertflow.models.lookahead import look_ahead_for
 from expertflow.models.placement import device_memory, slot_device, take_inputs_from_anywhere
 from expertflow.models.predicting import Predicting
-from expertflow.models.predictors import check_predictor, new_predicting, predictor_bytes
+from expertflow.models.predictors import check_predictor, draft_bytes, new_predicting, predictor_bytes
 from expertflow.models.products import speed_up_dense
 from expertflow.models.refusal import RefusingName
 from expertflow.models.spans import ExpertSpans, MoELayer, derive_expert_spans, find_moe_layers
@@ -169,7 +169,10 @@ class ExpertFlowQuantizer(HfQuantizer):
             self.settings,
             held,
             free,
-            0 if on_accelerator else predictor_bytes(model, moe_layers, self.settings),
+            # Predictors are in the host's memory, but for a draft's second KV cache.
+            draft_bytes(model, self.settings)
+            if on_accelerator
+            else predictor_bytes(model, moe_layers, self.settings),
             on_accelerator,
         )
         self._checkpoint, self._store, self._moe_layers, self._dtype = checkpoint, store, moe_layers, dtype

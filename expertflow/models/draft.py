@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 from expertflow.kv_name import kv_cache_in
 from expertflow.models.running_pass import Call
@@ -33,11 +38,12 @@ def _nobody(layer: int, p_E: Tensor) -> None:
 
 
 class Draft:
-    """Runs a decoder's stack without its routed experts. One thread at a time."""
+    """Runs a decoder's stack without its routed experts. One thread at a time: another one goes without."""
 
     def __init__(self, stack: nn.Module, experts_L: Sequence[int]):
         """stack: the decoder without a head; experts_L: how many each of its MoE layers has."""
         self.stack, self.experts_L = stack, list(experts_L)
+        self._turn = threading.Lock()
         self._thread: int | None = None
         self._routes_L: list[Tensor] = []
         self._say: Say = _nobody
@@ -64,18 +70,34 @@ class Draft:
         inference: whether the passes run in inference mode. say: is told p_E of all rows so far as each layer's router
         speaks. Raises ValueError for a KV cache that cannot be put back.
         """
+        if not self._turn.acquire(blocking=False):
+            return None
+        try:
+            return self._drafted(calls, inference, say)
+        finally:
+            self._turn.release()
+
+    def _drafted(self, calls: Sequence[Call], inference: bool, say: Say) -> Tensor | None:
+        device = next(self.stack.parameters()).device
         self._say, self._absent_LE = say, [torch.ones(max(self.experts_L)) for _ in self.experts_L]
         if any(kv_cache_in(call.kwargs) is None for call in calls):
             return None
         routes = []
         for call in calls:
             self._routes_L = []
-            kwargs = {name: value for name, value in call.kwargs.items() if name not in _NOT_OF_THE_STACK}
+            # A caller's tensors may be elsewhere: who moves them is a hook of the pass itself.
+            args = [_on(device, value) for value in call.args]
+            kwargs = {
+                name: _on(device, value)
+                for name, value in call.kwargs.items()
+                if name not in _NOT_OF_THE_STACK
+            }
             put_back = _remember(kv_cache_in(kwargs))
             self._thread = threading.get_ident()
             try:
-                with torch.inference_mode(inference), torch.no_grad():
-                    self.stack.forward(*call.args, **kwargs)  # not called: hooks are for the pass itself
+                # Some routers draw: the pass is to find the numbers that it would have found.
+                with torch.inference_mode(inference), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    self.stack.forward(*args, **kwargs)  # not called: its hooks are for the pass itself
             finally:
                 self._thread = None
                 put_back()
@@ -95,18 +117,28 @@ class Draft:
         return p_NE[:, :widest]
 
 
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def can_draft(cache: Any) -> bool:
     """Whether what a pass adds to this KV cache can be taken back without a copy."""
     return all(type(layer) in _LAYERS_THAT_GROW for part in _parts(cache) for layer in part.layers)
 
 
 def _parts(cache: Any) -> list[Any]:
-    """Self- and cross-attention have caches of their own in an encoder-decoder."""
-    if hasattr(cache, "self_attention_cache"):
-        return [cache.self_attention_cache, cache.cross_attention_cache]
-    if not hasattr(cache, "layers"):
-        raise ValueError(f"a draft cannot put back what it adds to a KV cache of type {type(cache).__name__}")
-    return [cache]
+    """Self- and cross-attention have caches of their own in an encoder-decoder.
+
+    Raises ValueError for other kinds: a subclass may keep more than its layers (MiniMax's has states of its own).
+    """
+    two = type(cache) is EncoderDecoderCache
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if two else [cache]
+    for part in parts:
+        if type(part) is not DynamicCache:
+            raise ValueError(
+                f"a draft cannot put back what it adds to a KV cache of type {type(part).__name__}"
+            )
+    return parts
 
 
 def _remember(cache: Any) -> Callable[[], None]:

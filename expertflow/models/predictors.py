@@ -64,12 +64,17 @@ def predictor_bytes(model: PreTrainedModel, moe_layers: Sequence[MoELayer], sett
         except ValueError:
             continue
         nbytes += 4 * weight.numel()
-    if settings.predictor == "draft":
-        # While it lasts there are the old states and the new ones.
-        nbytes += kv_bytes_per_token(model) * settings.context * settings.unit
+    nbytes += draft_bytes(model, settings)
     if settings.predictor not in UNTRAINED:
         nbytes += int(read_description(settings.predictor)["bytes"])
     return nbytes
+
+
+def draft_bytes(model: PreTrainedModel, settings: Settings) -> int:
+    """What a draft holds where the KV cache is: while it lasts there are the old states and the new ones."""
+    if settings.predictor != "draft":
+        return 0
+    return kv_bytes_per_token(model) * settings.context * settings.unit
 
 
 def new_predicting(model: PreTrainedModel, loaded: LoadedExperts) -> Predicting | None:

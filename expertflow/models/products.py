@@ -12,7 +12,8 @@ A processor that has AVX2 and nothing newer (many laptops) has no instructions f
 own product of many rows is a plain loop. There the weight is made float32 block by block, each multiplied while it is
 in the cache: 2816 x 2048, one core of such an EPYC, ms for 4 / 8 / 16 / 64 / 256 rows: bf16 4.8 / 9.2 / 18 / 72 / 297,
 in blocks 4.9 / 5.5 / 7.6 / 14 / 50; float16 alike. Sums are float32 either way.
-The choice depends on shapes and the processor alone, so results never depend on what is cached.
+The choice depends on shapes, the processor and whether a gradient is wanted (which blocks do not give), so
+results never depend on what is cached.
 """
 
 from __future__ import annotations

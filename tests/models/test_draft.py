@@ -123,6 +123,51 @@ def test_a_cache_that_was_empty_is_empty_again(folder: Path) -> None:
     assert empty.layers == []
 
 
+def test_a_cache_that_may_keep_more_than_its_layers_is_refused(folder: Path) -> None:
+    """MiniMax's is a DynamicCache with recurrent states beside its layers; a draft would have moved them on."""
+
+    class WithMore(DynamicCache):
+        pass
+
+    _, draft, call, _ = drafting(folder)
+    with pytest.raises(ValueError, match="KV cache of type WithMore"):
+        draft.p_N1LE([Call((), {**call.kwargs, KV_CACHE: WithMore()})], inference=False)
+
+
+def test_a_thread_goes_without_while_another_one_drafts(folder: Path) -> None:
+    """They would write into each other's notes."""
+    _, draft, call, _ = drafting(folder)
+    alone, found = draft.p_N1LE([call], False), []
+
+    def draft_too(*_: Any) -> None:
+        other = threading.Thread(target=lambda: found.append(draft.p_N1LE([call], False)))
+        other.start()
+        other.join()
+
+    hook = draft.stack.layers[0].register_forward_pre_hook(draft_too)
+    first = draft.p_N1LE([call], False)
+    hook.remove()
+    assert found == [None]
+    assert alone is not None
+    assert first is not None
+    assert torch.equal(first, alone)
+    assert draft.p_N1LE([call], False) is not None
+
+
+def test_random_numbers_are_those_of_a_run_without(folder: Path) -> None:
+    _, draft, call, _ = drafting(folder)
+
+    def draw(*_: Any) -> None:
+        torch.rand(3)
+
+    draft.stack.layers[0].register_forward_pre_hook(draw)
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    draft.p_N1LE([call], False)
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_without_a_cache_there_is_no_draft(folder: Path) -> None:
     _, draft, call, _ = drafting(folder)
     assert draft.p_N1LE([Call((), {**call.kwargs, KV_CACHE: None})], inference=False) is None
