@@ -17,7 +17,9 @@ _NEARLY_CERTAIN = 0.999  # the largest probability whose logarithm of not being 
 # Experts less likely than this count as not needed: grouping by 1e-3 saves as much within its noise (Qwen1.5 and
 # Switch-32, two predictors each), by 0.2 less, and every swap costs in proportion to the experts that count.
 _NEGLIGIBLE = 0.03
-_CERTAIN_LOAD = 7.0 + 6.91  # needed but for 1e-3, even without the surest row
+# What an expert can add to the worth of any swap, below which it is left out of it (of about one expert saved by a
+# swap that pays): 1,508 of 2,736 experts in the uniform case of `benchmarks.grouping`.
+_UNFELT = 2e-3
 _WORTH_LEAVING_OUT = 0.9  # copying costs as much as carrying a tenth of unused experts along
 
 
@@ -37,29 +39,52 @@ class Paths:
         p_NF = paths_NLE.detach().cpu().flatten(1)
         if not self.known:
             p_NF = torch.nn.functional.threshold(p_NF.to(torch.float32), _NEGLIGIBLE, 0.0)
-        used_NF = p_NF.numpy()
-        used_F = used_NF.any(0)
-        if np.count_nonzero(used_F) < _WORTH_LEAVING_OUT * used_NF.shape[1]:
-            used_NF = used_NF[:, used_F]
-        self.p_FN = np.ascontiguousarray(used_NF.T).astype(np.float32, copy=False)
-        if self.known:
-            self.weight_FN, self.weight_NF = self.p_FN, used_NF.view(np.int8)
-        else:
-            certain_FN = np.minimum(self.p_FN, np.float32(_NEARLY_CERTAIN))
+        used_F = torch.from_numpy(p_NF.numpy().any(0))
+        if int(used_F.sum()) < _WORTH_LEAVING_OUT * len(used_F):
+            p_NF = p_NF[:, used_F]
+        p_FN = p_NF.t().contiguous().to(torch.float32)
+        self.p_FN = self.weight_FN = p_FN.numpy()
+        if not self.known:
             # Dividing by a row's probability of not needing an expert takes the row out of a product.
-            self._without_FN = 1 / (1 - certain_FN)
-            self.weight_FN = np.log(self._without_FN)
-            self.weight_NF = np.ascontiguousarray(self.weight_FN.T)
+            without_FN = (1 - p_FN.clamp(max=_NEARLY_CERTAIN)).reciprocal_()
+            self._without_FN = without_FN.numpy()
+            self.weight_FN = without_FN.log().numpy()
+            worth_F = without_FN.numpy().max(1, initial=1) * self.p_FN.max(1, initial=0)
+            self._unfelt_F = _UNFELT / np.maximum(worth_F, np.float32(_UNFELT))
 
-    def others_absent(self, load_CG: np.ndarray, group_N: np.ndarray, experts_C: np.ndarray) -> np.ndarray:
-        """others_CN: probability that nobody in a row's group but the row itself needs these experts."""
+    def others_absent(self, load_FG: np.ndarray, group_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """others_CN, experts_C: probability that nobody in a row's group but the row itself needs these experts.
+
+        Experts are left out that somebody else needs anyway, whichever row one looks at.
+        """
         if self.known:
-            return (load_CG[:, group_N] == self.p_FN[experts_C]).astype(np.float32)
-        return np.exp(-load_CG)[:, group_N] * self._without_FN[experts_C]
+            experts_C = np.flatnonzero(load_FG.min(1) <= 1)
+            others_CN = load_FG[experts_C][:, group_N] == self.p_FN[experts_C]
+            return others_CN.astype(np.float32), experts_C
+        absent_FG = np.exp(-load_FG)
+        experts_C = np.flatnonzero(absent_FG.max(1) > self._unfelt_F)
+        return self._around(absent_FG[experts_C], group_N, experts_C), experts_C
 
-    def matters(self, least_load_C: np.ndarray) -> np.ndarray:
-        """Whether one row may change that a group with this load needs the expert: mostly not, it is needed twice."""
-        return least_load_C <= (1 if self.known else _CERTAIN_LOAD)
+    def others_change(
+        self, before_CG: np.ndarray, after_CG: np.ndarray, group_N: np.ndarray, experts_C: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """difference_DN, experts_D: by how much others_absent changes as loads do, where that is felt."""
+        if self.known:
+            felt_C = np.minimum(before_CG, after_CG).min(1) <= 1
+            before_DG, after_DG, experts_D = before_CG[felt_C], after_CG[felt_C], experts_C[felt_C]
+            own_DN = self.p_FN[experts_D]
+            is_DN, was_DN = after_DG[:, group_N] == own_DN, before_DG[:, group_N] == own_DN
+            return is_DN.astype(np.float32) - was_DN, experts_D
+        change_CG = np.exp(-after_CG) - np.exp(-before_CG)
+        felt_C = np.abs(change_CG).max(1) > self._unfelt_F[experts_C]
+        return self._around(change_CG[felt_C], group_N, experts_C[felt_C]), experts_C[felt_C]
+
+    def _around(self, factor_CG: np.ndarray, group_N: np.ndarray, experts_C: np.ndarray) -> np.ndarray:
+        """factor of each row's group, the row itself left out. A product picks columns faster than an index."""
+        in_group_GN = (np.arange(factor_CG.shape[1])[:, None] == group_N).astype(np.float32)
+        around_CN = factor_CG @ in_group_GN
+        around_CN *= self._without_FN[experts_C]
+        return around_CN
 
     def load_FG(self, group_N: np.ndarray, num_groups: int) -> np.ndarray:
         """Summed weights of each group; group_N: the group of each row."""

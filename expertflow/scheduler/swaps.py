@@ -78,9 +78,8 @@ class _Search:
     def __init__(self, paths: Paths, group_N: np.ndarray, num_groups: int, moving_NG: np.ndarray | None):
         self.paths, self.group_N, self.moving_NG = paths, group_N.copy(), moving_NG
         self.load_FG = paths.load_FG(group_N, num_groups)
-        open_F = np.flatnonzero(paths.matters(self.load_FG.min(1)))
-        others_CN = paths.others_absent(self.load_FG[open_F], group_N, open_F)
-        self.reach_NN = others_CN.T @ paths.p_FN[open_F]
+        others_CN, experts_C = paths.others_absent(self.load_FG, group_N)
+        self.reach_NN = others_CN.T @ paths.p_FN[experts_C]
         self.forbidden_NN = np.where(group_N[:, None] == group_N, _NEVER, np.float32(0))
         self.objective = paths.activated(self.load_FG)
         if moving_NG is not None:
@@ -102,7 +101,7 @@ class _Search:
 
     def swap(self, i: int, j: int, change: float) -> None:
         g, h = self.group_N[i], self.group_N[j]
-        gained_F = self.paths.weight_NF[j] - self.paths.weight_NF[i]
+        gained_F = self.paths.weight_FN[:, j] - self.paths.weight_FN[:, i]
         changed = np.flatnonzero(gained_F)
         gained_C = gained_F[changed]
         before_CG = self.load_FG[changed]
@@ -114,10 +113,6 @@ class _Search:
         self.objective += change
         for rows in (self.reach_NN, self.forbidden_NN, self.forbidden_NN.T):
             rows[[i, j]] = rows[[j, i]]
-        felt_C = self.paths.matters(np.minimum(before_CG, after_CG)[:, [g, h]].min(1))
-        changed, before_CG, after_CG = changed[felt_C], before_CG[felt_C], after_CG[felt_C]
-        before_CN = self.paths.others_absent(before_CG, self.group_N, changed)
-        difference_CN = self.paths.others_absent(after_CG, self.group_N, changed)
-        difference_CN -= before_CN
-        difference_CN[:, [i, j]] = 0  # what was around i is now around j, and has not changed
-        self.reach_NN += difference_CN.T @ self.paths.p_FN[changed]
+        difference_DN, felt = self.paths.others_change(before_CG, after_CG, self.group_N, changed)
+        difference_DN[:, [i, j]] = 0  # what was around i is now around j, and has not changed
+        self.reach_NN += difference_DN.T @ self.paths.p_FN[felt]

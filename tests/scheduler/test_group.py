@@ -8,7 +8,7 @@ import torch
 
 from expertflow.core import routes_to_mask
 from expertflow.scheduler.group import group, refine_by_swaps
-from expertflow.scheduler.similarity import Paths, activated
+from expertflow.scheduler.similarity import _UNFELT, Paths, activated
 from expertflow.scheduler.swaps import _Search, swap_while_it_pays
 from expertflow.scheduler.two_means import two_means
 from tests.scheduler.paths import brute_force, count_activated, predicted, random_paths
@@ -35,7 +35,7 @@ def exchanged(groups, i, j):
 
 def assert_search_is_right(search: _Search, paths_NLE, num_groups: int, moving_NG) -> None:
     """Every change the search knows of, against Eq. 2 and costs counted anew."""
-    tolerance = 1e-6 if paths_NLE.dtype == torch.bool else 2e-3
+    tolerance = 1e-6 if paths_NLE.dtype == torch.bool else 5 * _UNFELT
     groups = [np.flatnonzero(search.group_N == g).tolist() for g in range(num_groups)]
 
     def objective(groups):
