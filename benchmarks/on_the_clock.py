@@ -2,7 +2,8 @@
 
 A run decodes known text (teacher-forced, so that every run of a batch takes the same routes) with experts in RAM
 behind a link. Recorded beside the time of each step: what the routers chose, what the predictor said, and where the
-time went. `calibrate` makes the costs of the virtual clock from runs that are not predicted.
+time went. `calibrate` makes the costs of the virtual clock from runs that are not predicted. With a `Gauge` the
+machine's own pace is noted between steps, and costs are per pace (`pace.py`); without one they are seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.pace import BLOCK, Gauge, at_pace
 from expertflow.cache.gate import PayoffGate
 from expertflow.cache.policies import POLICIES, SIMULATED, Forecast
 from expertflow.core import ExpertId, MoEShape
@@ -75,6 +78,7 @@ class Run:
     turnaround_s: list[float] = field(
         default_factory=list
     )  # of the loader, between two loads that both waited
+    pace_s: list[float] = field(default_factory=list)  # of the gauge around each step; empty without one
     bytes_read: int = 0
     hits: int = 0
     disturbance: Disturbance = field(default_factory=lambda: Disturbance(None, None))
@@ -86,6 +90,14 @@ class Run:
     @property
     def seconds(self) -> float:
         return sum(self.step_s)
+
+    @property
+    def pace(self) -> float:
+        return mean(self.pace_s) if self.pace_s else 1.0
+
+    def per_pace(self, seconds: Sequence[float]) -> list[float]:
+        """What was noted of each step, in paces."""
+        return [s / p for s, p in zip(seconds, self.pace_s or [1.0] * len(seconds), strict=True)]
 
     @property
     def hit_ratio(self) -> float:
@@ -188,8 +200,11 @@ def _timed_layers(llm: LLM) -> Iterator[_Stopwatch]:
 
 
 @torch.no_grad()
-def run(folder: Path, case: Case, steps: int, part: int) -> Run:
-    """Load the model, decode `steps` tokens of each row, close it. part: which half of the texts."""
+def run(folder: Path, case: Case, steps: int, part: int, gauge: Gauge | None = None) -> Run:
+    """Load the model, decode `steps` tokens of each row, close it. part: which half of the texts.
+
+    gauge: looked at before every BLOCK steps that count, and at the end.
+    """
     length = PROMPT + SETTLE + steps
     settings: dict[str, Any] = {"store": "ram", "cache_size": case.cache_size, "policy": case.policy}
     settings |= {
@@ -220,12 +235,14 @@ def run(folder: Path, case: Case, steps: int, part: int) -> Run:
         ids_BT = texts(llm, case.batch, length, part)
         with capture_routes(model) as capture, _timed_layers(llm) as layers:
             past = kv_cache_of(model(ids_BT[:, :PROMPT], use_cache=True))
-            watch = Watch()
+            watch, looks = Watch(), []
             for number in range(SETTLE + steps):
                 if number == SETTLE:
                     cache.reset_stats()
                     tap.reads.clear()
                     watch = Watch()
+                if gauge is not None and number >= SETTLE and (number - SETTLE) % BLOCK == 0:
+                    looks.append(gauge.seconds())
                 before = _counts(cache.stats)
                 layers.marks.clear()
                 began = time.perf_counter()
@@ -234,6 +251,10 @@ def run(folder: Path, case: Case, steps: int, part: int) -> Run:
                 if number >= SETTLE:
                     done.step_s.append(time.perf_counter() - began)
                     _note(done, layers.marks, before, after)
+            if gauge is not None:
+                looks.append(gauge.seconds())
+                around = [(first + second) / 2 for first, second in pairwise(looks)]
+                done.pace_s = [around[number // BLOCK] for number in range(steps)]
             done.disturbance = watch.so_far()
             stats = cache.stats
             done.bytes_read, done.hits = stats.bytes_read, stats.hits
@@ -271,12 +292,14 @@ def arithmetic(free: Run, demand: Costs | None = None) -> Costs:
 
     Steps that took much longer than most were somebody else's, and are left out.
     """
-    limit = 1.5 * median(free.step_s)
-    kept = [n for n, seconds in enumerate(free.step_s) if seconds <= limit]
+    step_s, open_s = free.per_pace(free.step_s), free.per_pace(free.open_s)
+    stall_s, between_s = free.per_pace(free.stall_s), free.per_pace(free.between_s)
+    limit = 1.5 * median(step_s)
+    kept = [n for n, seconds in enumerate(step_s) if seconds <= limit]
     layers = free.shape.num_layers
-    busy = [free.open_s[n] - free.stall_s[n] for n in kept]
-    dense_s = median(free.between_s[n] for n in kept)
-    pass_s = mean(free.step_s[n] - free.open_s[n] for n in kept) - layers * dense_s
+    busy = [open_s[n] - stall_s[n] for n in kept]
+    dense_s = median(between_s[n] for n in kept)
+    pass_s = mean(step_s[n] - open_s[n] for n in kept) - layers * dense_s
     expert_s = miss_s = ahead_s = 0.0
     if demand is None:
         uses_NF = torch.tensor([[float(free.uses[n]), float(free.missing[n])] for n in kept])
@@ -301,26 +324,27 @@ def over_link(costs: Costs, run: Run) -> Costs:
 
 
 def waiting(costs: Costs, bound: Run) -> Costs:
-    """Adds what a load costs beside its bytes, from a run that a link holds up.
+    """Adds what a load costs beside its bytes, from a run that a link holds up. All costs are per pace.
 
     call_s is the loader's turnaround as seen; wake_s the one with which the simulator stalls as long as that run did.
     """
-    costs = replace(over_link(costs, bound), call_s=median(bound.turnaround_s) if bound.turnaround_s else 0.0)
+    turnaround_s = median(bound.turnaround_s) / bound.pace if bound.turnaround_s else 0.0
+    costs = replace(over_link(costs, bound), call_s=turnaround_s)
     stalled_s = sum(bound.stall_s)
 
-    def stalls_less(wake_s: float) -> bool:
-        return simulate(bound, replace(costs, wake_s=wake_s)).stall_seconds < stalled_s
+    def simulated(wake_s: float) -> Outcome:
+        return simulate(bound, at_pace(replace(costs, wake_s=wake_s), bound.pace))
 
-    simulated = simulate(bound, costs)
-    if simulated.stall_seconds >= stalled_s or not simulated.waits:
+    without = simulated(0.0)
+    if without.stall_seconds >= stalled_s or not without.waits:
         return costs
     # The link goes on while arithmetic wakes, so a second of waking costs less than a second: found by halving.
-    least, most = 0.0, (stalled_s - simulated.stall_seconds) / simulated.waits
-    while stalls_less(most) and most < stalled_s:
+    least, most = 0.0, (stalled_s - without.stall_seconds) / without.waits / bound.pace
+    while simulated(most).stall_seconds < stalled_s and most * bound.pace < stalled_s:
         least, most = most, 2 * most
     for _ in range(_HALVINGS):
         middle = (least + most) / 2
-        least, most = (middle, most) if stalls_less(middle) else (least, middle)
+        least, most = (middle, most) if simulated(middle).stall_seconds < stalled_s else (least, middle)
     return replace(costs, wake_s=most)
 
 
@@ -342,22 +366,28 @@ def bandwidth_for(ratio: float, run: Run, costs: Costs, num_slots: int) -> int:
 
 
 def calibrate(
-    folder: Path, batch: int, predictors: Sequence[str], steps: int, cache_size: float
+    folder: Path,
+    batch: int,
+    predictors: Sequence[str],
+    steps: int,
+    cache_size: float,
+    gauge: Gauge | None = None,
 ) -> tuple[dict[str, Costs], list[Run]]:
     """Costs by family, and the runs they are from: on the first half of the texts, with this cache size; each
-    family once without a link (arithmetic) and once over one on which lru's loads take twice its arithmetic."""
+    family once without a link (arithmetic) and once over one on which lru's loads take twice its arithmetic.
+    Costs are per pace where there is a gauge."""
     found: dict[str, Costs] = {}
     runs: list[Run] = []
     demand: Costs | None = None
     link = 0
     for predictor in ("none", *predictors):
         policy = "lru" if predictor == "none" else "plec"
-        free = run(folder, Case(policy, batch, cache_size, predictor), steps, part=0)
+        free = run(folder, Case(policy, batch, cache_size, predictor), steps, 0, gauge)
         costs = arithmetic(free, demand)
         if demand is None:
             demand = costs
-            link = bandwidth_for(2, free, costs, free.num_slots)
-        bound = run(folder, Case(policy, batch, cache_size, predictor, link), steps, part=0)
+            link = bandwidth_for(2, free, at_pace(costs, free.pace), free.num_slots)
+        bound = run(folder, Case(policy, batch, cache_size, predictor, link), steps, 0, gauge)
         runs += [free, bound]
         found[bound.case.family] = waiting(costs, bound)
     return found, runs

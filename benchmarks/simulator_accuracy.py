@@ -6,7 +6,9 @@
 
 Experts are in RAM behind a throttled link. Costs of the virtual clock come from other runs: other texts, another
 cache size, another link (see `calibration` in the JSON). Predicted runs give their routes and what the predictor
-said of them, and no time. A run beside which others had the processors is called neither a success nor a failure.
+said of them, and no time, but for their pace: how long another model instance takes for steps of its own between
+theirs, since a virtual machine's processor changes its speed from run to run (`pace.py`; in the table relative to
+the calibration's). A run beside which others had the processors is called neither a success nor a failure.
 """
 
 from __future__ import annotations
@@ -22,7 +24,18 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.common import console, other_load, report
-from benchmarks.on_the_clock import TINY, Case, Run, bandwidth_for, calibrate, over_link, run, simulate
+from benchmarks.on_the_clock import (
+    TINY,
+    Case,
+    Run,
+    bandwidth_for,
+    calibrate,
+    over_link,
+    run,
+    simulate,
+    texts,
+)
+from benchmarks.pace import Gauge, at_pace
 from expertflow.config import format_bandwidth
 from expertflow.sim.hardware import Costs
 
@@ -31,9 +44,10 @@ BATCHES = (1, 4)
 POLICIES = (("lru", "none"), ("lfu", "none"), ("plec", "online"))
 SHARES_AND_RATIOS = ((1 / 4, 0.5), (1 / 2, 1), (1 / 4, 4), (1 / 2, 0.5), (1 / 4, 1), (1 / 2, 4))
 COLUMNS = (
-    *("policy", "batch", "per layer", "ratio", "link", "ms/step", "predicted", "error"),
-    *("hits", "predicted", "stolen", "others"),
+    *("policy", "batch", "slots", "ratio", "link", "ms/step", "predicted", "error"),
+    *("hits", "pace", "stolen / others"),
 )
+GAUGE_TOKENS = 48  # of each row's text
 CALIBRATED_AT = 3 / 8  # share of the experts that fits, of no run that is predicted
 
 
@@ -92,40 +106,60 @@ def cases() -> Iterator[tuple[str, str, int, float, float]]:
 
 
 def compare(folder: Path, steps: int) -> dict[str, Any]:
-    costs: dict[int, dict[str, Costs]] = {}
-    calibrations: dict[int, list[Run]] = {}
     layer_experts = _experts_per_layer(folder)
-    for batch in BATCHES:
-        console.print(f"{folder.name}, batch {batch}: calibrating ...")
-        costs[batch], calibrations[batch] = calibrate(
-            folder, batch, ["online"], steps, CALIBRATED_AT * layer_experts
-        )
-    title = f"{folder.name}: predicted and measured, {steps} steps each"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    at = CALIBRATED_AT * layer_experts
+    table = Table(
+        title=f"{folder.name}: predicted and measured, {steps} steps each",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for column in COLUMNS:
         table.add_column(column, justify="right")
-    rows = []
-    for policy, predictor, batch, share, ratio in cases():
-        cache_size, free = share * layer_experts, calibrations[batch][0]
-        slots = round(cache_size * free.shape.num_layers)
-        link = bandwidth_for(ratio, free, costs[batch]["on demand"], slots)
-        console.print(f"{policy}, batch {batch}, {cache_size:g} per layer, ratio {ratio:g} ...")
-        measured = run(folder, Case(policy, batch, cache_size, predictor, link), steps, part=1)
-        predicted = simulate(measured, over_link(costs[batch][measured.case.family], measured))
-        row = {
-            **asdict(measured.case),
-            "ratio": ratio,
-            **measured.measures(),
-            "predicted_step_seconds": predicted.seconds / predicted.passes,
-            "predicted_hit_ratio": round(predicted.hit_ratio, 4),
-            "predicted_bytes_per_step": round(predicted.loads * measured.expert_bytes / predicted.passes),
-            "predicted_stall_seconds": predicted.stall_seconds / predicted.passes,
-            "error": predicted.seconds / measured.seconds - 1,
-        }
-        rows.append(row)
-        _add(table, row)
+    rows, calibrations = [], {}
+    for batch in BATCHES:
+        console.print(f"{folder.name}, batch {batch}: calibrating ...")
+        with Gauge(folder, batch, at, GAUGE_TOKENS) as gauge:
+            gauge.read(texts(gauge.llm, batch, GAUGE_TOKENS, part=0))
+            costs, runs = calibrate(folder, batch, ["online"], steps, at, gauge)
+            calibrations[str(batch)] = _calibration(costs, runs)
+            for case in cases():
+                if case[2] == batch:
+                    rows.append(_compare(folder, case, layer_experts, steps, costs, runs[0], gauge))
+                    _add(table, rows[-1])
     console.print(table)
-    return {"runs": rows, "calibration": {str(b): _calibration(costs[b], calibrations[b]) for b in BATCHES}}
+    return {"runs": rows, "calibration": calibrations}
+
+
+def _compare(
+    folder: Path,
+    case: tuple[str, str, int, float, float],
+    layer_experts: int,
+    steps: int,
+    costs: dict[str, Costs],
+    free: Run,
+    gauge: Gauge,
+) -> dict[str, Any]:
+    """One run of the engine and what was predicted of it."""
+    policy, predictor, batch, share, ratio = case
+    cache_size = share * layer_experts
+    slots = round(cache_size * free.shape.num_layers)
+    link = bandwidth_for(ratio, free, at_pace(costs["on demand"], free.pace), slots)
+    console.print(f"{policy}, batch {batch}, {cache_size:g} per layer, ratio {ratio:g} ...")
+    measured = run(folder, Case(policy, batch, cache_size, predictor, link), steps, 1, gauge)
+    own = at_pace(costs[measured.case.family], measured.pace)
+    predicted = simulate(measured, over_link(own, measured))
+    return {
+        **asdict(measured.case),
+        "ratio": ratio,
+        **measured.measures(),
+        "pace": measured.pace / free.pace,
+        "predicted_step_seconds": predicted.seconds / predicted.passes,
+        "predicted_hit_ratio": round(predicted.hit_ratio, 4),
+        "predicted_bytes_per_step": round(predicted.loads * measured.expert_bytes / predicted.passes),
+        "predicted_stall_seconds": predicted.stall_seconds / predicted.passes,
+        "error": predicted.seconds / measured.seconds - 1,
+    }
 
 
 def _experts_per_layer(folder: Path) -> int:
@@ -147,7 +181,7 @@ def _add(table: Table, row: dict[str, Any]) -> None:
         format_bandwidth(row["bytes_per_s"]), f"{row['step_seconds'] * 1e3:.2f}",
         f"{row['predicted_step_seconds'] * 1e3:.2f}",
         f"{row['error']:+.0%}" + (" (disturbed)" if row["disturbed"] else ""),
-        f"{row['hit_ratio']:.3f}", f"{row['predicted_hit_ratio']:.3f}", stolen, others,
+        f"{row['hit_ratio']:.2f}", f"{row['pace']:.2f}", f"{stolen} / {others}",
     )  # fmt: skip
 
 

@@ -4,13 +4,15 @@
     python -m benchmarks.throughput --qwen-shape --batch 64  # 9.4 GB of random weights in 3 GiB (half an hour)
     python -m benchmarks.throughput --model DIR --memory 3GiB --prompts 32 --max-tokens 16
     python -m benchmarks.throughput --link 50MB/s            # experts in RAM behind a link of that bandwidth
+    python -m benchmarks.throughput --qwen-shape --schedule auto --predictor online --units 2 --only split joint
     python -m benchmarks.throughput --quick
 
 `one by one` answers as many of the prompts as fit into the same seconds, one after the other. `split` runs the two
 batches of a unit one after the other, `joint` side by side, so that an expert is loaded once for both. Every system
 runs alone in a fresh process, and the text is real. The batches come first: the same seconds are then given to one
 by one. `--qwen-shape` reads it by the embedded model's tokenizer; its routes are those of random weights, which use few
-experts and so are kind to one by one.
+experts and so are kind to one by one. With a predictor it is also said what share of the steps prediction and grouping
+take: all of it, what of it is not look-ahead (`paths`), and what other units hide.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import lzma
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -31,6 +33,9 @@ from benchmarks.on_the_clock import TEXTS, TINY
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.shapes import QwenShape
 from expertflow.disturbance import Watch
+
+if TYPE_CHECKING:
+    from expertflow.engine.engine_stats import EngineStats
 
 MODULE = "benchmarks.throughput"
 SYSTEMS = ("one by one", "split", "joint")
@@ -58,6 +63,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16, help="sequences of a batch; a unit has two")
+    parser.add_argument("--units", type=int, default=1, help="units that take turns")
+    parser.add_argument("--schedule", choices=("fixed", "auto"), default="fixed", help="of split and joint")
     parser.add_argument("--predictor", default="none", help="none, online or a folder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=SYSTEMS)
@@ -90,6 +97,7 @@ def main() -> None:
             "--seconds",
             str(seconds),
         ]
+        arguments += ["--units", str(options.units), "--schedule", options.schedule]
         arguments += ["--threads", str(options.threads), *(["--link", options.link] if options.link else [])]
         runs[system] = run_worker(MODULE, arguments, None, options.threads)
         console.print(f"  {json.dumps(runs[system])}", soft_wrap=True)
@@ -131,7 +139,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         "memory": int(options.memory) if options.memory.isdigit() else options.memory,
         "context": PROMPT_TOKENS + options.max_tokens,
         "batch": 1 if alone else options.batch,
-        "sequences": 1 if alone else 2 * options.batch,
+        "sequences": 1 if alone else 2 * options.batch * options.units,
         "predictor": options.predictor,
     }
     if options.link:
@@ -144,7 +152,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         ]
         llm.generate([prompts[0]], params[0])  # warm
         llm.reset_stats()
-        watch, tokens, answered = Watch(), 0, 0
+        watch, tokens, answered, engine_stats = Watch(), 0, 0, None
         began = time.perf_counter()
         if alone:
             for prompt, wanted in zip(prompts, params, strict=True):
@@ -153,8 +161,9 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
                 if time.perf_counter() - began > options.seconds:
                     break
         else:
-            with Engine(llm, execution=options.worker) as engine:
+            with Engine(llm, execution=options.worker, schedule=options.schedule) as engine:
                 outputs = engine.generate(prompts, params)
+                engine_stats = engine.stats
             tokens, answered = sum(len(output.outputs[0].token_ids) for output in outputs), len(outputs)
         seconds = time.perf_counter() - began
         stats = llm.stats
@@ -170,7 +179,21 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
             "loads_per_token": sum(map(sum, stats.loads_LE)) / tokens,
             "stall_s": stats.stall_seconds,
             **watch.so_far().to_dict(),
+            **(_shares(engine_stats) if engine_stats else {}),
         }
+
+
+def _shares(stats: EngineStats) -> dict[str, float]:
+    """Of the time of steps: prediction and grouping on the critical path, and hidden behind other units."""
+    hidden = stats.hidden_predict_seconds + stats.hidden_group_seconds
+    return {
+        "steps": stats.steps,
+        "scheduling_share": stats.scheduling_share,
+        "paths_share": stats.paths_share,
+        "hidden_share": hidden / stats.step_seconds if stats.step_seconds else 0.0,
+        "regroupings": stats.regroupings + stats.exchanges,
+        "late": stats.late,
+    }
 
 
 def prompts_for(llm: Any, count: int) -> list[list[int]]:
@@ -193,8 +216,9 @@ def _memory_for_batches(options: argparse.Namespace) -> str:
     """Bytes that two batches need with 8 experts per layer. A fresh process has less around it than this one."""
     from expertflow import LLM
 
-    settings = {"batch": options.batch, "sequences": 2 * options.batch}
-    with LLM(options.model, cache_size=8, context=PROMPT_TOKENS + options.max_tokens, **settings) as llm:
+    settings: dict[str, Any] = {"batch": options.batch, "sequences": 2 * options.batch * options.units}
+    settings |= {"context": PROMPT_TOKENS + options.max_tokens, "predictor": options.predictor}
+    with LLM(options.model, cache_size=8, **settings) as llm:
         return str(llm.experts.plan.total_bytes)
 
 
@@ -210,6 +234,7 @@ def _table(options: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> Tabl
         "stalled",
         "stolen",
         "others",
+        "paths / all of scheduling",
     ):
         table.add_column(column, justify="right")
     one = runs.get("one by one", {}).get("tokens_per_s")
@@ -222,6 +247,7 @@ def _table(options: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> Tabl
             name, f"{run['tokens_per_s']:.1f}", ratio, f"{run['slots']} of {run['experts']}", f"{run['hit_ratio']:.2f}",
             f"{run['loads_per_token']:.1f}", f"{run['stall_s']:.1f} s",
             _percent(run["stolen"]), _percent(run["others"]),
+            f"{run['paths_share']:.1%} / {run['scheduling_share']:.1%}" if "paths_share" in run else "",
         )  # fmt: skip
     return table
 

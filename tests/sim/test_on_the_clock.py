@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +21,10 @@ from benchmarks.on_the_clock import (
     over_link,
     run,
     simulate,
+    texts,
     waiting,
 )
+from benchmarks.pace import BLOCK, Gauge, at_pace
 from expertflow.cache.policies import Forecast
 from expertflow.core import MoEShape
 from expertflow.sim.clock import Pass
@@ -31,8 +34,13 @@ SHAPE = MoEShape((8, 8, 8))
 TRUE = Costs(3e-4, 2e-3, math.inf, chunks=2, pass_s=5e-3, ahead_s=7e-4, miss_s=1e-4, call_s=2e-4, wake_s=6e-4)
 
 
-def synthetic(predictor: str, link: int | None = None, policy: str = "lru") -> Run:
-    """Steps that take exactly what TRUE says, but for two that a neighbour held up."""
+def synthetic(
+    predictor: str,
+    link: int | None = None,
+    policy: str = "lru",
+    pace_of: Callable[[int], float] = lambda _: 1.0,
+) -> Run:
+    """Steps that take exactly what TRUE says times the machine's pace, but for two that a neighbour held up."""
     draw = random.Random(1)
     made = Run(Case(policy, 1, 4.0, predictor, link), SHAPE, 12, expert_bytes=8000, chunks=2)
     said = Forecast([[0.2] * 8] * 3) if predictor != "none" else None
@@ -46,12 +54,14 @@ def synthetic(predictor: str, link: int | None = None, policy: str = "lru") -> R
         busy = uses * TRUE.expert_s + missing * TRUE.miss_s + (2 * TRUE.ahead_s if said else 0.0)
         stalled = draw.random() * 1e-3
         held_up = 1.0 if number in (9, 20) else 0.0
+        pace = pace_of(number)
         made.uses.append(uses)
         made.missing.append(missing)
-        made.open_s.append(busy + stalled + held_up)
-        made.stall_s.append(stalled)
-        made.between_s.append(TRUE.dense_s)
-        made.step_s.append(made.open_s[-1] + 3 * TRUE.dense_s + TRUE.pass_s)
+        made.open_s.append((busy + stalled + held_up) * pace)
+        made.stall_s.append(stalled * pace)
+        made.between_s.append(TRUE.dense_s * pace)
+        made.step_s.append(made.open_s[-1] + (3 * TRUE.dense_s + TRUE.pass_s) * pace)
+        made.pace_s.append(pace)
     return made
 
 
@@ -64,13 +74,46 @@ def test_arithmetic_is_found_in_the_time_of_steps():
     assert predicting.ahead_s == pytest.approx(TRUE.ahead_s, rel=1e-3)
 
 
-def test_waiting_is_what_a_run_over_a_link_stalled_longer():
-    bound = synthetic("none", link=4_000_000)
-    true = over_link(TRUE, bound)
+def test_a_machine_that_changes_its_pace_does_not_change_the_costs():
+    """Half of the steps at half the speed: costs are per pace, and come back in seconds at any."""
+    uneven = synthetic("none", pace_of=lambda number: 0.08 if number % 16 < 8 else 0.04)
+    per_pace = arithmetic(uneven)
+    for name in ("expert_s", "dense_s", "pass_s", "miss_s"):
+        assert getattr(per_pace, name) == pytest.approx(getattr(TRUE, name), rel=1e-3), name
+    slow = at_pace(replace(TRUE, chunk_s=1e-3), 2.0)
+    assert slow.chunk_s == 1e-3, "a throttled link keeps to the clock"
+    assert [getattr(slow, n) / getattr(TRUE, n) for n in ("expert_s", "pass_s", "wake_s", "call_s")] == [
+        2.0
+    ] * 4
+
+
+def test_a_gauge_is_looked_at_between_blocks_and_times_the_same_steps_each_time():
+    with Gauge(TINY, 1, 12.0, 16) as gauge:
+        with pytest.raises(RuntimeError, match="wants a text"):
+            gauge.seconds()
+        gauge.read(texts(gauge.llm, 1, 16, part=0))
+        before = gauge.llm.experts.cache.stats.to_dict()
+        gauge.seconds()
+        between = gauge.llm.experts.cache.stats.to_dict()
+        done = run(TINY, Case("lru", 1, 8.0), 2 * BLOCK, 1, gauge)
+        after = gauge.llm.experts.cache.stats.to_dict()
+    uses = [stats["hits"] + stats["misses"] for stats in (before, between, after)]
+    loads = [stats["misses"] for stats in (before, between, after)]
+    assert uses[2] - uses[1] == 3 * (uses[1] - uses[0]), "before each of two blocks, and at the end"
+    assert loads[2] - loads[1] == 3 * (loads[1] - loads[0]), "the same experts are there when it begins"
+    assert len(done.pace_s) == len(done.step_s) == 2 * BLOCK
+    assert len(set(done.pace_s)) == 2
+    assert done.per_pace(done.step_s)[-1] == done.step_s[-1] / done.pace_s[-1]
+
+
+@pytest.mark.parametrize("pace", [1.0, 2.0])
+def test_waiting_is_what_a_run_over_a_link_stalled_longer(pace):
+    bound = synthetic("none", link=4_000_000, pace_of=lambda _: pace)
+    true = at_pace(over_link(TRUE, bound), pace)
     assert true.load_s == pytest.approx(2e-3)
     stalled_s = simulate(bound, true).stall_seconds
     bound.stall_s = [stalled_s / len(bound.step_s)] * len(bound.step_s)
-    bound.turnaround_s = [TRUE.call_s] * 9 + [1.0]
+    bound.turnaround_s = [TRUE.call_s * pace] * 9 + [1.0]
     found = waiting(replace(TRUE, call_s=0.0, wake_s=0.0), bound)
     assert found.call_s == TRUE.call_s
     assert found.wake_s == pytest.approx(TRUE.wake_s, rel=0.05)
