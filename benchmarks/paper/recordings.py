@@ -1,8 +1,9 @@
 """Recorded routes, shared out anew, and the predictors trained on them.
 
-The recordings in zoo/traces hold out eleven prompts, too few for batches of 32 and units of two. Here every third
+Most recordings in zoo/traces hold out eleven prompts, too few for batches of 32 and units of two. Here every third
 prompt is held out, among them those that were, and predictors are trained on the others. Both lie in OUT and are made
-when missing.
+when missing. Where zoo/predictors has a predictor, trained on far more text, that one is taken; its recording holds
+out enough and stays as it is.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from expertflow.predictor.sizes import TrainSettings
 from expertflow.predictor.storage import DESCRIPTION
 from expertflow.predictor.train import train_predictor
 from expertflow.sim.workload import Foretold, foretell
-from expertflow.trace import Trace, TracedSequence, TraceWriter, read_trace
+from expertflow.trace import FILE_NAME, Trace, TracedSequence, TraceWriter, read_trace
 
 HELD_OUT = 1 / 3  # of the prompts
+ENOUGH_HELD_OUT = 0.3
+SHIPPED = Path(__file__).parents[2] / "zoo" / "predictors"
+DRAFT = "draft"  # what one said of a recording's held-out sequences, in a folder of it (zoo/draft_trace.py)
 # Twenty epochs of so little text are minutes; the limit is for slow machines, and the page says when it was met.
 TRAINING = TrainSettings(minutes=10.0, epochs=20, threads=1)
 UNTRAINED = "online"
@@ -71,7 +75,10 @@ def _share_out(source: Path, folder: Path, seed: int) -> None:
     already = [prompt for later, prompt in prompts if not later]
     others = [prompt for later, prompt in prompts if later]
     random.Random(seed).shuffle(others)
-    held_out = {*already, *others[: max(0, round(HELD_OUT * len(prompts)) - len(already))]}
+    more = (
+        0 if len(already) >= ENOUGH_HELD_OUT * len(prompts) else round(HELD_OUT * len(prompts)) - len(already)
+    )
+    held_out = {*already, *others[: max(0, more)]}
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     with TraceWriter(partial, trace.meta) as writer:
@@ -82,7 +89,10 @@ def _share_out(source: Path, folder: Path, seed: int) -> None:
 
 
 def predictor_folder(settings: Settings, model: str, task: str) -> Path:
-    return (settings.predictors or settings.out / "predictors") / f"{model}-{task}"
+    name = f"{model}-{task}"
+    if settings.predictors is None and (SHIPPED / name / DESCRIPTION).exists():
+        return SHIPPED / name
+    return (settings.predictors or settings.out / "predictors") / name
 
 
 def trained(settings: Settings, model: str, task: str, say: Say) -> RoutingPathPredictor:
@@ -115,7 +125,8 @@ def told(
     """What is said of the held-out sequences of a task: by the oracle, and by "ours".
 
     Ours: the predictor trained on `trained_on` (None: on the task itself) with the online table; a quick run has the
-    online table alone. warm: training sequences of this task that the table has served before; none across domains.
+    online table alone. "draft" as well, where one was recorded. warm: training sequences of this task that the table
+    has served before; none across domains.
     """
     read = recording(settings, model, task)
     served = read.train[:warm] if trained_on in (None, task) else []
@@ -123,6 +134,10 @@ def told(
     predictor = None if settings.quick else trained(settings, model, trained_on or task, say)
     name = UNTRAINED if predictor is None else "trained"
     found["ours"] = foretell(read.trace.meta, read.test, name, predictor, served, settings.seed)
+    drafted = settings.traces / model / task / DRAFT
+    if (drafted / FILE_NAME).exists():
+        said = read_trace(drafted, weights=False)
+        found[DRAFT] = foretell(read.trace.meta, read.test, DRAFT, None, served, settings.seed, said)
     return found
 
 
@@ -132,5 +147,9 @@ def conditions(settings: Settings, used: Sequence[tuple[str, str]]) -> dict[str,
         return {"predictor": "the online table alone, untrained", "held_out": HELD_OUT}
     if settings.predictors is not None:
         return {"predictor": f"given: {', '.join(f'{m}-{t}' for m, t in used)}", "held_out": HELD_OUT}
+    shipped = [f"{m}-{t}" for m, t in used if (SHIPPED / f"{m}-{t}" / DESCRIPTION).exists()]
+    if shipped:
+        others = "" if len(shipped) == len(used) else "; others trained here on the recordings' other prompts"
+        return {"predictor": f"zoo/predictors: {', '.join(shipped)}{others}", "held_out": HELD_OUT}
     minutes = f"at most {TRAINING.epochs} epochs or {TRAINING.minutes:g} minutes"
     return {"predictor": f"trained here on the recordings' other prompts, {minutes}", "held_out": HELD_OUT}

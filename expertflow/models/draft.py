@@ -25,11 +25,11 @@ from transformers.cache_utils import (
 
 from expertflow.kv_name import kv_cache_in
 from expertflow.models.running_pass import Call
+from expertflow.predictor.baselines import said_by_routes
 
 # Others write new states over old ones, which could not be taken back without a copy of all.
 _LAYERS_THAT_GROW = (DynamicLayer, DynamicSlidingWindowLayer)
 _NOT_OF_THE_STACK = ("logits_to_keep", "labels")
-_CHOSEN = 0.9  # a mixture learns how far to trust it
 Say = Callable[[int, Tensor], None]
 
 
@@ -109,12 +109,7 @@ class Draft:
 
     def _probabilities(self, routes_NK: Tensor, layer: int) -> Tensor:
         """p_NE of one layer."""
-        (rows, top_k), experts, widest = routes_NK.shape, self.experts_L[layer], max(self.experts_L)
-        # The others share what is left of top_k, the number of experts that a token takes.
-        p_NE = torch.full((rows, widest + 1), top_k * (1 - _CHOSEN) / max(1, experts - top_k))
-        p_NE.scatter_(1, routes_NK.clamp(max=widest), _CHOSEN)
-        p_NE[:, experts:] = 0.0  # "nowhere", and what a narrower layer lacks
-        return p_NE[:, :widest]
+        return said_by_routes(routes_NK, self.experts_L[layer], max(self.experts_L))
 
 
 def _on(device: torch.device, value: Any) -> Any:

@@ -13,6 +13,18 @@ from torch import Tensor
 from expertflow.core import routes_to_mask
 from expertflow.predictor.protocol import UNKNOWN, PathContext
 
+_CHOSEN = 0.9  # of what a draft's router chose: a mixture learns how far to trust it
+
+
+def said_by_routes(routes_NK: Tensor, experts: int, widest: int) -> Tensor:
+    """p_NE of a layer with so many experts, E = widest, where a draft's router chose these; `experts` is nowhere."""
+    rows, top_k = routes_NK.shape
+    # The others share what is left of top_k, the number of experts that a token takes.
+    p_NE = torch.full((rows, widest + 1), top_k * (1 - _CHOSEN) / max(1, experts - top_k))
+    p_NE.scatter_(1, routes_NK.clamp(max=widest), _CHOSEN)
+    p_NE[:, experts:] = 0.0  # "nowhere", and what a narrower layer lacks
+    return p_NE[:, :widest]
+
 
 def multi_hot(routes_NLK: Tensor, num_experts: int) -> Tensor:
     """routes_to_mask of any integer dtype; UNKNOWN positions are all False."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from expertflow.predictor.recordings import load_predictors
 from expertflow.sim.hardware import ModelSize, model_size, size_like
 from expertflow.sim.workload import PREDICTIONS, Foretold, foretell, shape_of
-from expertflow.trace import Trace, TraceMeta
+from expertflow.trace import FILE_NAME, Trace, TraceMeta, read_trace
 
 _UNKNOWN_EXPERT_BYTES = 16 << 20
 
@@ -22,7 +22,7 @@ def foretell_all(
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Foretold]:
     """What each predictor says of the split's sequences, by name; the oracle always. warm: sequences of the other
-    split that were served before.
+    split that were served before. A folder has a trained predictor, or what a draft said (zoo/draft_trace.py).
 
     Raises ValueError for a predictor that is neither known nor a folder of this model's.
     """
@@ -33,6 +33,13 @@ def foretell_all(
         progress(f"asking {name}")
         if name in PREDICTIONS:
             found[name] = foretell(trace.meta, sequences, name, warm=served)
+        elif (Path(name) / FILE_NAME).exists():
+            drafted = read_trace(name, weights=False)
+            if drafted.meta.fingerprint != trace.meta.fingerprint:
+                raise ValueError(
+                    f"{name} was recorded from {drafted.meta.model}, not from {trace.meta.model}"
+                )
+            found[name] = foretell(trace.meta, sequences, name, warm=served, drafted=drafted)
         elif Path(name).is_dir():
             for title, trained in load_predictors([name], trace.meta, [folder]).items():
                 found[title] = foretell(trace.meta, sequences, title, trained, served)

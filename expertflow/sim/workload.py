@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from expertflow.cache.policies import Forecast
 from expertflow.core import MoEShape
 from expertflow.predictor import replay
-from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.baselines import multi_hot, said_by_routes
 from expertflow.predictor.combine import Combination
 from expertflow.predictor.model import RoutingPathPredictor
 from expertflow.predictor.next_use import HORIZONS
@@ -28,7 +29,7 @@ from expertflow.predictor.pass_forecast import PassForecast
 from expertflow.predictor.protocol import PathContext, PathPredictor
 from expertflow.predictor.replay import Group, Said
 from expertflow.sim.clock import Pass
-from expertflow.trace import TracedSequence, TraceMeta
+from expertflow.trace import Trace, TracedSequence, TraceMeta
 
 PREDICTIONS = ("none", "online", "oracle", "noise")  # and a folder with a trained predictor
 
@@ -81,16 +82,18 @@ def foretell(
     trained: RoutingPathPredictor | None = None,
     warm: Sequence[TracedSequence] = (),
     seed: int = 0,
+    drafted: Trace | None = None,
 ) -> Foretold:
     """Ask a predictor once about all sequences that decode.
 
-    prediction: one of PREDICTIONS, or the name of `trained`. warm: sequences that the online table has served
-    before. Raises ValueError where nothing decodes.
+    prediction: one of PREDICTIONS, or the name of `trained` or `drafted`. warm: sequences that the online table has
+    served before. drafted: what a draft said of the sequences, as zoo/draft_trace.py records it. Raises ValueError
+    where nothing decodes, or a sequence was not drafted.
     """
     shape = shape_of(meta)
     if not shape.num_layers:
         raise ValueError(f"{meta.model} has no MoE layers in its decoder; nothing to simulate in decode")
-    if trained is None and prediction not in PREDICTIONS:
+    if trained is None and drafted is None and prediction not in PREDICTIONS:
         raise ValueError(f"unknown predictor {prediction!r}; known: {', '.join(PREDICTIONS)}, or a folder")
     decoding = [s for s in sequences if len(s.target_ids_T) > s.num_prefill]
     if not decoding:
@@ -103,8 +106,9 @@ def foretell(
     replay.serve(table, [replay.pad(part) for part in _parts(warm)], num_experts)
     predictor: PathPredictor = table
     said = Said(torch.zeros(0))
-    if trained is not None:
+    if trained is not None or drafted is not None:
         predictor = Combination([said, table], num_layers, num_experts)
+    of_draft = {} if drafted is None else {(s.prompt, s.run): s for s in drafted}
     has_head = trained is not None and trained.next_use_head is not None
     ordered: list[TracedSequence] = []
     p_TLE: list[Tensor] = []
@@ -113,13 +117,33 @@ def foretell(
         group = replay.pad(part)
         if trained is not None:
             said.p_BTLE = replay.all_at_once(trained, group)
-        p_TLE += decoded(group, replay.stepped(predictor, group, num_experts, [said] if trained else []))
+        elif drafted is not None:
+            said.p_BTLE = _of_draft(group, of_draft, shape)
+        told = [said] if predictor is not table else []
+        p_TLE += decoded(group, replay.stepped(predictor, group, num_experts, told))
         if has_head and trained is not None:
             within_BTLN = replay.all_at_once(_Within(trained), group)
             absent_BTCLE = (1 - within_BTLN).unflatten(-1, (len(HORIZONS), -1)).transpose(2, 3).half()
             absent_TCLE += decoded(group, absent_BTCLE)
         ordered += group.sequences
     return Foretold(meta, prediction, ordered, p_TLE, absent_TCLE if has_head else None)
+
+
+def _of_draft(group: Group, drafted: Mapping[tuple[int, int], TracedSequence], shape: MoEShape) -> Tensor:
+    """p_BTLE of a group's columns; nothing is said of prompts and padding."""
+    experts_L = shape.experts_per_layer
+    p_BTLE = torch.zeros(len(group), group.length, len(experts_L), max(experts_L))
+    for row, sequence in enumerate(group.sequences):
+        said = drafted.get((sequence.prompt, sequence.run))
+        if said is None or not np.array_equal(said.target_ids_T, sequence.target_ids_T):
+            raise ValueError(
+                f"run {sequence.run} of prompt {sequence.prompt} was not drafted; record it with zoo.draft_trace"
+            )
+        at_T = group.mask_BT[row].nonzero().flatten()[sequence.num_prefill :]
+        routes_TLK = torch.from_numpy(said.target_routes_TLK[sequence.num_prefill :].astype("int64"))
+        for layer, experts in enumerate(experts_L):
+            p_BTLE[row, at_T, layer] = said_by_routes(routes_TLK[: len(at_T), layer], experts, max(experts_L))
+    return p_BTLE
 
 
 def _parts(sequences: Sequence[TracedSequence]) -> Iterator[Sequence[TracedSequence]]:
