@@ -68,8 +68,7 @@ def _simulate(settings: Settings, batch: int, say: Say) -> list[Row]:
             row = {"batch": batch, "cache_size": cache_size, "ratio": ratio, "policy": DUAL}
             rows.append(row | measures(in_turn, outcome, size.expert_bytes))
             if drafted is not None:
-                again = replace(link, pass_s=link.pass_s + drafted.shape.num_layers * link.dense_s)
-                outcome = simulate("plec", drafted, slots(drafted, cache_size), again)
+                outcome = simulate("plec", drafted, slots(drafted, cache_size), link)
                 row = {"batch": batch, "cache_size": cache_size, "ratio": ratio, "policy": DRAFTED}
                 rows.append(row | measures(drafted, outcome, size.expert_bytes))
     return rows

@@ -35,8 +35,8 @@ def simulate(
         list[str] | None,
         typer.Option(
             metavar="DIR|online|oracle|noise|none",
-            help="a trained predictor's folder, the online table, what really comes, noise, or nobody; may be "
-            "repeated",
+            help="a trained predictor's folder, the online table, what really comes, noise, or nobody; also the folder "
+            "of what a draft said (zoo/draft_trace.py), whose passes are counted; may be repeated",
             show_default="online",
         ),
     ] = None,

@@ -93,7 +93,10 @@ def compare(
 
 
 def simulate(name: str, workload: Workload, num_slots: int, cost: Costs) -> Outcome:
+    """A draft's own pass over the dense weights counts as the model's own does."""
     policy = KNOWN[name]
+    if workload.drafted:
+        cost = replace(cost, pass_s=cost.pass_s + workload.shape.num_layers * cost.dense_s)
     return Simulation(policy(workload.shape, policy.slots_for(workload.shape, num_slots)), cost).run(
         workload.passes
     )

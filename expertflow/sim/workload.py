@@ -43,6 +43,7 @@ class Workload:
     batch: int
     rows: int  # tokens decoded in all
     prediction: str
+    drafted: bool = False  # what was expected of each pass took a pass without experts before
 
     @property
     def mean_rows(self) -> float:
@@ -69,6 +70,7 @@ class Foretold:
     p_TLE: list[Tensor] | None
     absent_TCLE: list[Tensor] | None
     ahead_TLE: list[Tensor] | None = None
+    drafted: bool = False
 
     @property
     def top_k(self) -> int:
@@ -126,7 +128,8 @@ def foretell(
             absent_BTCLE = (1 - within_BTLN).unflatten(-1, (len(HORIZONS), -1)).transpose(2, 3).half()
             absent_TCLE += decoded(group, absent_BTCLE)
         ordered += group.sequences
-    return Foretold(meta, prediction, ordered, p_TLE, absent_TCLE if has_head else None)
+    absent = absent_TCLE if has_head else None
+    return Foretold(meta, prediction, ordered, p_TLE, absent, drafted=drafted is not None)
 
 
 def _of_draft(group: Group, drafted: Mapping[tuple[int, int], TracedSequence], shape: MoEShape) -> Tensor:
@@ -255,7 +258,7 @@ def workload_of(foretold: Foretold, batch: int, steps: Iterable[Step], seed: int
         rows += len(step.rows)
         if step.last:
             expected.end_of_text()
-    return Workload(shape, passes, batch, rows, foretold.prediction)
+    return Workload(shape, passes, batch, rows, foretold.prediction, foretold.drafted)
 
 
 def _ahead_L(foretold: Foretold, rows: Sequence[tuple[int, int]]) -> Sequence[Sequence[float] | None]:

@@ -11,6 +11,7 @@ import pytest
 
 from expertflow.cache.policies import POLICIES
 from expertflow.sim.clock import Simulation
+from expertflow.sim.compare import simulate
 from expertflow.sim.hardware import Costs
 from expertflow.sim.recordings import foretell_all
 from expertflow.sim.workload import foretell, make_workload
@@ -62,6 +63,15 @@ def test_a_draft_that_is_right_is_as_good_as_knowing_and_a_wrong_one_loses_its_s
     for t, p_LE in enumerate(right.p_TLE[0][-3:], start=len(right.p_TLE[0]) - 3):
         routes_LK = first.target_routes_TLK[first.num_prefill + t]
         assert p_LE.argmax(-1).tolist() == routes_LK[:, 0].tolist()
+
+
+def test_the_pass_of_a_draft_is_counted(switch):
+    drafted = make_workload(foretell(switch.meta, switch.sequences, "draft", drafted=switch), 2, 10)
+    free = Costs(expert_s=1e-9, dense_s=1e-3, chunk_s=1e-12, chunks=1)
+    layers = drafted.shape.num_layers
+    once = simulate("plec", replace(drafted, drafted=False), 4 * layers, free)
+    assert once.seconds == pytest.approx(10 * layers * 1e-3, rel=1e-3)
+    assert simulate("plec", drafted, 4 * layers, free).seconds == pytest.approx(2 * once.seconds, rel=1e-3)
 
 
 def test_the_recording_beside_the_traces_is_what_the_figures_say(switch):
