@@ -37,6 +37,7 @@ from benchmarks.shapes import QwenShape
 from expertflow.kv_name import KV_CACHE, kv_cache_of
 
 MODULE = "benchmarks.decode_under_budget"
+PROMPT_TOKENS = 16
 SYSTEMS = ("ours", "on-demand", "online", "accelerate", "llama.cpp", "resident")
 
 
@@ -228,12 +229,14 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     folder: Path = options.folder
     torch.set_num_threads(options.threads)
-    model, ran = rivals.load(options.worker, folder, rivals.Limits(options.memory or None, options.batch))
+    warm_up = 4 if options.memory else 40
+    context = max(256, PROMPT_TOKENS + warm_up + options.tokens)
+    limits = rivals.Limits(options.memory or None, options.batch, context)
+    model, ran = rivals.load(options.worker, folder, limits)
     loaded = time.perf_counter()
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (options.batch, 16), generator=generator)
-    warm_up = 4 if options.memory else 40
+    ids = torch.randint(0, model.config.vocab_size, (options.batch, PROMPT_TOKENS), generator=generator)
     cache = None
     seconds: list[float] = []
     first_token = 0.0
