@@ -1,9 +1,8 @@
 """Recorded routes, shared out anew, and the predictors trained on them.
 
-Most recordings in zoo/traces hold out eleven prompts, too few for batches of 32 and units of two. Here every third
+The recordings in zoo/traces hold out eleven prompts, too few for batches of 32 and units of two. Here every third
 prompt is held out, among them those that were, and predictors are trained on the others. Both lie in OUT and are made
-when missing. Where zoo/predictors has a predictor, trained on far more text, that one is taken; its recording holds
-out enough and stays as it is.
+when missing.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from expertflow.sim.workload import Foretold, foretell
 from expertflow.trace import FILE_NAME, Trace, TracedSequence, TraceWriter, read_trace
 
 HELD_OUT = 1 / 3  # of the prompts
-ENOUGH_HELD_OUT = 0.3
-SHIPPED = Path(__file__).parents[2] / "zoo" / "predictors"
 DRAFT = "draft"  # what one said of a recording's held-out sequences, in a folder of it (zoo/draft_trace.py)
 # Twenty epochs of so little text are minutes; the limit is for slow machines, and the page says when it was met.
 TRAINING = TrainSettings(minutes=10.0, epochs=20, threads=1)
@@ -75,10 +72,7 @@ def _share_out(source: Path, folder: Path, seed: int) -> None:
     already = [prompt for later, prompt in prompts if not later]
     others = [prompt for later, prompt in prompts if later]
     random.Random(seed).shuffle(others)
-    more = (
-        0 if len(already) >= ENOUGH_HELD_OUT * len(prompts) else round(HELD_OUT * len(prompts)) - len(already)
-    )
-    held_out = {*already, *others[: max(0, more)]}
+    held_out = {*already, *others[: max(0, round(HELD_OUT * len(prompts)) - len(already))]}
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     with TraceWriter(partial, trace.meta) as writer:
@@ -89,10 +83,7 @@ def _share_out(source: Path, folder: Path, seed: int) -> None:
 
 
 def predictor_folder(settings: Settings, model: str, task: str) -> Path:
-    name = f"{model}-{task}"
-    if settings.predictors is None and (SHIPPED / name / DESCRIPTION).exists():
-        return SHIPPED / name
-    return (settings.predictors or settings.out / "predictors") / name
+    return (settings.predictors or settings.out / "predictors") / f"{model}-{task}"
 
 
 def trained(settings: Settings, model: str, task: str, say: Say) -> RoutingPathPredictor:
@@ -147,9 +138,5 @@ def conditions(settings: Settings, used: Sequence[tuple[str, str]]) -> dict[str,
         return {"predictor": "the online table alone, untrained", "held_out": HELD_OUT}
     if settings.predictors is not None:
         return {"predictor": f"given: {', '.join(f'{m}-{t}' for m, t in used)}", "held_out": HELD_OUT}
-    shipped = [f"{m}-{t}" for m, t in used if (SHIPPED / f"{m}-{t}" / DESCRIPTION).exists()]
-    if shipped:
-        others = "" if len(shipped) == len(used) else "; others trained here on the recordings' other prompts"
-        return {"predictor": f"zoo/predictors: {', '.join(shipped)}{others}", "held_out": HELD_OUT}
     minutes = f"at most {TRAINING.epochs} epochs or {TRAINING.minutes:g} minutes"
     return {"predictor": f"trained here on the recordings' other prompts, {minutes}", "held_out": HELD_OUT}

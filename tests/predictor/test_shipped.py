@@ -1,4 +1,4 @@
-"""The predictor in the repository is of the embedded model, and foresees about what docs/predictors.md says."""
+"""The predictors in the repository foresee about what docs/predictors.md says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from expertflow.core import routes_to_mask
 from expertflow.engine.source import read_config
+from expertflow.predictor import replay
 from expertflow.predictor.storage import load_predictor
 from expertflow.predictor.train import hits_at_equal_budget
 from expertflow.trace import read_trace
@@ -30,3 +31,16 @@ def test_the_shipped_predictor_foresees_held_out_answers():
         found, needed = found + hits, needed + active
     assert needed > 15_000
     assert 0.88 < found / needed < 0.92
+
+
+def test_the_shipped_predictor_of_switch_32_foresees_held_out_answers():
+    trace = read_trace(ROOT / "zoo/traces/switch-32/chat", weights=False)
+    predictor = load_predictor(ROOT / "zoo/predictors/switch-32-chat", trace.meta.fingerprint)
+    assert predictor.next_use_head is not None
+    group = replay.pad(trace.split("test").sequences[:60])
+    named_BTL = replay.all_at_once(predictor, group).argmax(-1)
+    answers_BT = group.mask_BT.clone()
+    answers_BT[:, : group.prefill] = False
+    right = (named_BTL == group.routes_BTLK[..., 0])[answers_BT].float().mean()
+    assert int(answers_BT.sum()) > 900
+    assert 0.70 < float(right) < 0.77
