@@ -74,15 +74,18 @@ def test_the_pass_of_a_draft_is_counted(switch):
     assert simulate("plec", drafted, 4 * layers, free).seconds == pytest.approx(2 * once.seconds, rel=1e-3)
 
 
-def test_the_recording_beside_the_traces_is_what_the_figures_say(switch):
-    """Golden: of what `zoo/traces/switch-32/chat/draft` names, .97 are the decode tokens' experts."""
-    drafted = {(s.prompt, s.run): s for s in read_trace(SWITCH / "draft", weights=False)}
-    test = read_trace(SWITCH, weights=False).split("test").sequences
-    assert len(drafted) == len(test) == 324
-    right = [
+@pytest.mark.parametrize(
+    ("task", "sequences", "right"), [("chat", 324, 0.969), ("translation", 210, 0.969), ("math", 180, 0.966)]
+)
+def test_the_recordings_beside_the_traces_are_what_the_figures_say(task, sequences, right):
+    """Golden: how often what `zoo/traces/switch-32/TASK/draft` names of held-out decode tokens was chosen."""
+    drafted = {(s.prompt, s.run): s for s in read_trace(SWITCH.parent / task / "draft", weights=False)}
+    test = read_trace(SWITCH.parent / task, weights=False).split("test").sequences
+    assert len(drafted) == len(test) == sequences
+    found = [
         (drafted[s.prompt, s.run].target_routes_TLK == s.target_routes_TLK)[s.num_prefill :] for s in test
     ]
-    assert np.concatenate(right).mean() == pytest.approx(0.969, abs=0.001)
+    assert np.concatenate(found).mean() == pytest.approx(right, abs=0.001)
 
 
 def test_a_recording_of_something_else_is_refused(switch, tmp_path):
