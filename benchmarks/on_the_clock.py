@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.pace import BLOCK, Gauge, at_pace
-from expertflow.cache.gate import PayoffGate
+from expertflow.cache.gate import AlwaysOpen
 from expertflow.cache.policies import POLICIES, SIMULATED, Forecast
 from expertflow.core import ExpertId, MoEShape
 from expertflow.disturbance import Disturbance, Watch
@@ -135,13 +135,6 @@ def texts(llm: LLM, batch: int, length: int, part: int) -> Tensor:
     return torch.tensor([row[:length] for row in rows])
 
 
-class _AlwaysOpen(PayoffGate):
-    """Whether prefetching pays is measured here, and a gate that tries would be part of neither way."""
-
-    def passed(self, seconds: float, kind: int) -> None:
-        pass
-
-
 class _Listening:
     """The cache as a predictor sees it, noting what it is told."""
 
@@ -229,7 +222,7 @@ def run(folder: Path, case: Case, steps: int, part: int, gauge: Gauge | None = N
         heard = None
         if predicting is not None:
             heard = _Listening(cache)
-            predicting.cache, predicting.gate = heard, _AlwaysOpen()  # type: ignore[assignment]
+            predicting.cache, predicting.gate = heard, AlwaysOpen()  # type: ignore[assignment]
         tap: Any = _Tap(store)
         cache.memory.store = tap
         ids_BT = texts(llm, case.batch, length, part)

@@ -191,6 +191,8 @@ def _shares(stats: EngineStats) -> dict[str, float]:
         "scheduling_share": stats.scheduling_share,
         "paths_share": stats.paths_share,
         "hidden_share": hidden / stats.step_seconds if stats.step_seconds else 0.0,
+        "group_share": (stats.group_seconds + stats.hidden_group_seconds) / max(stats.step_seconds, 1e-9),
+        "groupings": stats.groupings,
         "regroupings": stats.regroupings + stats.exchanges,
         "late": stats.late,
     }

@@ -20,17 +20,10 @@ from rich.progress import track
 from torch import Tensor
 
 from expertflow import LLM
-from expertflow.cache.gate import PayoffGate
+from expertflow.cache.gate import AlwaysOpen
 from expertflow.kv_name import KV_CACHE, kv_cache_of
 from expertflow.models.fingerprint import fingerprint
 from expertflow.trace import TracedSequence, TraceMeta, TraceWriter, read_trace
-
-
-class _AlwaysOpen(PayoffGate):
-    """Every step is drafted: whether that pays is not asked here."""
-
-    def passed(self, seconds: float, kind: int) -> None:
-        pass
 
 
 class _Drafted:
@@ -40,7 +33,7 @@ class _Drafted:
         predicting = llm.experts.predicting
         if predicting is None or predicting.draft is None:
             raise ValueError(f"{llm.model.config.model_type} cannot be drafted")
-        predicting.gate = _AlwaysOpen()
+        predicting.gate = AlwaysOpen()
         self._llm, self._meta, self._predicting = llm, meta, predicting
         self._said: list[Tensor] = []
         ask = predicting.draft.p_N1LE

@@ -85,3 +85,10 @@ class PayoffGate:
             f"{'on' if on else 'off'}: {1e3 * with_it:.3g} ms per pass with prefetching, {1e3 * without:.3g} ms "
             f"without ({self._rows} row{'s' if self._rows != 1 else ''}, after {self._passes} passes)"
         )
+
+
+class AlwaysOpen(PayoffGate):
+    """For measuring what predictions do, where a gate that tries both ways would be part of neither."""
+
+    def passed(self, seconds: float, rows: int) -> None:
+        pass
