@@ -378,9 +378,10 @@ class Predicting:
 
     def _forecast(self, said: Expected) -> Forecast:
         """For the cache, which knows of the encoder's layers too: nobody needs them for long."""
-        return Forecast(
-            self._of_cache(said.p_LE.tolist(), 0.0), self._of_cache(said.later_LE.tolist(), FARTHEST)
-        )
+        later_LE: list[list[float]] = [[] for _ in self._experts_L]  # by use
+        if said.later_LE is not None:
+            later_LE = said.later_LE.tolist()
+        return Forecast(self._of_cache(said.p_LE.tolist(), 0.0), self._of_cache(later_LE, FARTHEST))
 
     def _of_cache(self, value_LE: list[list[float]], of_encoder: float) -> list[list[float]]:
         encoder_L = self.cache.shape.experts_per_layer[: self.source_layers]

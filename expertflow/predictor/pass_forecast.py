@@ -1,9 +1,12 @@
 """From what predictors say of a batch, and from what it used, to what a cache plans by.
 
-For each expert: the probability that this pass needs it, and how many passes later it is needed again. Logistic
-regressions, one for each horizon, of the prediction, the next-use head and running frequencies of use;
-all are learnt online from what comes true. So a predictor that talks nonsense loses its say to the frequencies,
-and one that is over-confident is set right, before either costs a byte.
+For each expert: the probability that this pass needs it and, where a predictor has a next-use head, how many passes
+later it is needed again. Logistic regressions, one for this pass and one for each of the head's horizons, of what is
+predicted and of running frequencies of use; all are learnt online from what comes true. So a predictor that talks
+nonsense loses its say to the frequencies, and one that is over-confident is set right, before either costs a byte.
+
+Without a head nothing is said of later passes: regressions on frequencies alone knew less than their plain mean, by
+which the cache goes then (docs/log.md).
 """
 
 from __future__ import annotations
@@ -67,9 +70,10 @@ class PassForecast:
         self._used_SLE = torch.full((len(_KEEP), layers, num_experts), base * _START_PASSES)
         self._passes_S = torch.full((len(_KEEP),), _START_PASSES)
         self.has_prediction, self.has_head = has_prediction, has_head
+        self.horizons = HORIZONS if has_head else ()
         num_rates = len(_KEEP)
         features = num_rates + 4  # frequencies against their mean, the prediction, the head, that mean, one
-        start_CF = torch.zeros(1 + len(HORIZONS), features)
+        start_CF = torch.zeros(1 + len(self.horizons), features)
         start_CF[:, :num_rates], start_CF[:, -2] = 1 / num_rates, 1.0
         if has_prediction:
             start_CF[0, :num_rates], start_CF[0, -2], start_CF[0, num_rates] = 0.0, 0.0, 1.0
@@ -81,13 +85,15 @@ class PassForecast:
             )
         self.weight_CF = start_CF
         self._prior = torch.eye(features) * _PRIOR
-        self._curvature_CFF = self._prior.repeat(1 + len(HORIZONS), 1, 1)
+        self._curvature_CFF = self._prior.repeat(1 + len(self.horizons), 1, 1)
         self._lots: Lots[_Lesson] = Lots(_LOT_PASSES, every=1)
-        self._waiting: deque[Tensor] = deque(maxlen=1 + max(HORIZONS))  # x_CLEF of the last passes
-        self._used: deque[Tensor] = deque(maxlen=1 + max(HORIZONS))
+        longest = max(self.horizons, default=0)
+        self._waiting: deque[Tensor] = deque(maxlen=1 + longest)  # x_CLEF of the last passes
+        self._used: deque[Tensor] = deque(maxlen=1 + longest)
 
-    def forecast(self, p_LE: Tensor | None, later_CLE: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(p_LE of this pass, later_LE: passes after it until the next use, discounted: see `worth_as_passes`).
+    def forecast(self, p_LE: Tensor | None, later_CLE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(p_LE of this pass, later_LE: passes after it until the next use, discounted: see `worth_as_passes`; None
+        without a head).
 
         p_LE: what a predictor says of the whole batch. later_CLE: the next-use head's probability, for each of
         HORIZONS, that the batch does not use the expert within so many passes after this one.
@@ -95,7 +101,7 @@ class PassForecast:
         x_CLEF = self._features(p_LE, later_CLE)
         self._waiting.append(x_CLEF)
         said_CLE = torch.sigmoid(torch.einsum("cf,clef->cle", self.weight_CF, x_CLEF))
-        return said_CLE[0], worth_as_passes(1 - said_CLE[1:])
+        return said_CLE[0], worth_as_passes(1 - said_CLE[1:]) if self.has_head else None
 
     def peek(self, p_LE: Tensor) -> Tensor:
         """p_LE that a pass to come needs each expert, as `forecast` would say now; nothing is noted of it."""
@@ -104,7 +110,7 @@ class PassForecast:
     def observe(self, used_LE: Tensor) -> None:
         """The pass is over; used_LE (bool) says what it used. Learns from every guess that this decides."""
         self._used.append(used_LE)
-        decided = [(0, 0)] + [(c, horizon) for c, horizon in enumerate(HORIZONS, 1)]
+        decided = [(0, 0)] + [(c, horizon) for c, horizon in enumerate(self.horizons, 1)]
         x, truth, which = [], [], []
         for c, horizon in decided:
             if len(self._waiting) > horizon:
@@ -128,9 +134,9 @@ class PassForecast:
     def _features(self, p_LE: Tensor | None, later_CLE: Tensor | None) -> Tensor:
         rate_SLE = (self._used_SLE / self._passes_S[:, None, None]).clamp(_CLAMP, 1 - _CLAMP)
         num_rates, layers, experts = rate_SLE.shape
-        x_CLEF = torch.empty(1 + len(HORIZONS), layers, experts, num_rates + 4)
+        x_CLEF = torch.empty(1 + len(self.horizons), layers, experts, num_rates + 4)
         # The logit of any use within the horizon, from the logarithm of none.
-        none_CSLE = torch.log1p(-rate_SLE) * _PASSES_C111
+        none_CSLE = torch.log1p(-rate_SLE) * _PASSES_C111[: len(x_CLEF)]
         none_CSLE.clamp_(*_LOG_NONE)
         rates_CLES = ((-torch.expm1(none_CSLE)).log_() - none_CSLE).permute(0, 2, 3, 1)
         # Against the mean: else, while all are used alike, they are what the constant is, and take wild weights.

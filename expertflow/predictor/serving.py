@@ -34,7 +34,7 @@ class Expected(NamedTuple):
     """What is said before a pass: as cache.policies.Forecast, in tensors. Layers are the decoder's."""
 
     p_LE: Tensor
-    later_LE: Tensor
+    later_LE: Tensor | None  # without a next-use head the cache goes by what was used
 
 
 class Foreseen(NamedTuple):

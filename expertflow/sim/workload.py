@@ -294,7 +294,7 @@ def forecast_of(
     expected.observe(used_LE)
     if foretold.prediction == "oracle":
         now_LE = used_LE.float()
-    return Forecast(now_LE.tolist(), later_LE.tolist())
+    return Forecast(now_LE.tolist(), None if later_LE is None else later_LE.tolist())
 
 
 def soon_of(

@@ -154,11 +154,12 @@ def test_noise_costs_little(rows):
 def test_the_forecast_learns_to_ignore_a_predictor_that_talks_nonsense():
     torch.manual_seed(0)
     often_LE = torch.tensor([[0.9, 0.9, 0.05, 0.05]]).repeat(2, 4)
-    forecast = PassForecast(2, 16, 4, has_prediction=True, has_head=False)
+    forecast = PassForecast(2, 16, 4, has_prediction=True, has_head=True)
     for _ in range(150):
         p_LE, later_LE = forecast.forecast(torch.rand(2, 16))
         forecast.observe(torch.rand(2, 16) < often_LE)
     assert (p_LE - often_LE).abs().mean() < 0.1
+    assert later_LE is not None
     assert later_LE[often_LE > 0.5].max() < later_LE[often_LE < 0.5].min()
 
 

@@ -20,8 +20,9 @@ class Forecast:
     """What a predictor expects, said before a pass. Batch-level: of all rows together, 1 - prod(1 - p).
 
     p_LE: probability that the pass needs the expert.
-    later_LE: passes until its next use after this pass (1: the next pass); None: not known. Where that is uncertain,
-    the number worth as much: the logarithm of the expected discount ** passes, to the base of NextUse's discount.
+    later_LE: passes until its next use after this pass (1: the next pass); None: not known, an empty row: not of this
+    layer. Where that is uncertain, the number worth as much: the logarithm of the expected discount ** passes, to the
+    base of NextUse's discount.
     """
 
     p_LE: Sequence[Sequence[float]]
@@ -42,7 +43,8 @@ class Forecast:
             return Forecast(p_LE)
         later_LE = []
         for later_E, experts in zip(self.later_LE, experts_L, strict=True):
-            _verify_length(later_E, experts)
+            if later_E:
+                _verify_length(later_E, experts)
             later_LE.append([max(1.0, min(FARTHEST, later)) for later in later_E])  # nan becomes FARTHEST
         return Forecast(p_LE, later_LE)
 

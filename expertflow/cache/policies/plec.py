@@ -85,10 +85,12 @@ class PaperPLEC(Policy):
 class NextUse(Policy):
     """Act as Belady would on what is expected: PLEC with one pool of slots for all layers.
 
-    When an expert is needed next is expected from the forecast of this pass and, beyond it, of later passes;
-    without one, from how often it was used lately. Whoever is needed farthest goes. Prefetches come in order of
-    execution, then probability, two layers ahead, as long as the expected use comes sooner than the victim's. Where the
-    next pass is another unit's, and predicted already, the two layers may be its first.
+    When an expert is needed next is expected from the forecast of this pass and, beyond it, of later passes; of what
+    nothing was said, from how often it was used: the mean of two running frequencies, one that forgets slowly and one
+    that forgets fast, so that whoever is popular stays, and whoever was here last (docs/log.md). Whoever is needed
+    farthest goes. Prefetches come in order of execution, then probability, two layers ahead, as long as the expected
+    use comes sooner than the victim's. Where the next pass is another unit's, and predicted already, the two layers may
+    be its first.
 
     What is uncertain counts as the certain use that is worth as much, a use being worth `discount` of what it is
     worth one pass earlier.
@@ -96,7 +98,8 @@ class NextUse(Policy):
 
     looks_ahead = True
     binds_late = True
-    keep_rate = 0.98  # by pass, of the running frequency of use
+    keep_slow, keep_fast = 0.99, 0.8  # by pass, of the running frequencies of use
+    share_fast = 0.25  # in their mean
     least_likely = 0.5  # guesses below it cost bytes and gained no time (docs/log.md)
     discount = 0.7
     # What lies ready for long takes the place of something that would have been used again; further ahead cost bytes
@@ -108,7 +111,9 @@ class NextUse(Policy):
         layers = range(shape.num_layers)
         self._layer = -1  # the one that opened last in this pass
         self._residents: list[set[ExpertId]] = [set() for _ in layers]
-        self._rate = [[0.2] * experts for experts in shape.experts_per_layer]
+        self._slow = [[0.2] * experts for experts in shape.experts_per_layer]
+        self._fast = [list(slow_E) for slow_E in self._slow]
+        self._rate = [list(slow_E) for slow_E in self._slow]  # the mean of both
         self._when: list[list[float]] = [
             [] for _ in layers
         ]  # position of the next use, from this pass's start
@@ -166,11 +171,15 @@ class NextUse(Policy):
         if layer <= self._layer:  # nobody said that a pass began
             self.begin_pass(None)
         self._layer = layer
-        keep = self.keep_rate
-        rate_E = [keep * rate for rate in self._rate[layer]]
-        for expert in needed:
-            rate_E[expert.expert] += 1 - keep
-        self._rate[layer] = rate_E
+        slow_E, fast_E = self._slow[layer], self._fast[layer]
+        for rate_E, keep in ((slow_E, self.keep_slow), (fast_E, self.keep_fast)):
+            rate_E[:] = [keep * rate for rate in rate_E]
+            for expert in needed:
+                rate_E[expert.expert] += 1 - keep
+        share = self.share_fast
+        self._rate[layer] = [
+            (1 - share) * slow + share * fast for slow, fast in zip(slow_E, fast_E, strict=True)
+        ]
         self._expect(layer)
 
     def _expect(self, layer: int) -> None:
@@ -189,7 +198,7 @@ class NextUse(Policy):
 
     def _later_of(self, layer: int, said_LE: Sequence[Sequence[float]] | None) -> Sequence[float]:
         """Passes from this one to the use after it; where nothing was said, by how often experts were used lately."""
-        if said_LE is not None:
+        if said_LE is not None and said_LE[layer]:
             return said_LE[layer]
         return [1 / max(rate, 0.01) for rate in self._rate[layer]]
 
