@@ -112,7 +112,7 @@ class Predicting:
         """The router of `layer` has spoken."""
         running = self._running()
         if running is not None and layer >= self.source_layers and running.routes_L is not None:
-            running.routes_L.append(index_TK.detach().to("cpu", torch.int64, copy=True))
+            running.routes_L.append(index_TK.to("cpu", torch.int64, copy=True))
 
     def look_ahead(self, layer: int, hidden_TD: Tensor) -> None:
         """What enters the experts of `layer`, whose demands are on their way."""
@@ -311,8 +311,9 @@ class Predicting:
         routes_NLK = torch.stack(routes_L, dim=1)
         # "Nowhere" is the layer's own number of experts; of predictors it is that of the widest layer.
         widest = max(self._experts_L)
-        nowhere = routes_NLK == torch.tensor(self._experts_L)[:, None]
-        routes_NLK = routes_NLK.masked_fill(nowhere, widest)
+        if min(self._experts_L) < widest:
+            nowhere = routes_NLK == torch.tensor(self._experts_L)[:, None]
+            routes_NLK = routes_NLK.masked_fill(nowhere, widest)
         parts = routes_NLK.split([shape.numel() for shape in shapes])
         routes = [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
         asked_BSLK = torch.cat([part for part, asked in zip(routes, running.asked, strict=True) if asked])
@@ -332,7 +333,8 @@ class Predicting:
         contexts = [one.context for one in running.followed]
         self._rows.end(list(zip(contexts, routes, after, strict=True)), running.asked)
         if running.p_LE is not None:
-            used_LE = multi_hot(routes_NLK[running.asked_N], widest).any(0)
+            asked_NLK = routes_NLK if running.all_asked else routes_NLK[running.asked_N]
+            used_LE = multi_hot(asked_NLK, widest).any(0)
             guess_LE = running.p_LE >= _PREDICTED
             stats = self._stats
             stats.passes += 1

@@ -78,11 +78,15 @@ class Mixture:
                 mixed[:, index] = p_NMLE[:, best - 1, index].float()
         return mixed
 
-    def mix_layer(self, p_NME: Tensor, kind_N: Tensor, layer: int) -> Tensor:
-        """p_NE of one layer, as `mix` would have it: in numpy, since it is asked at each layer of each pass."""
+    def mix_layer(self, said_NME: Tensor, last_NE: Tensor, kind_N: Tensor, layer: int) -> Tensor:
+        """p_NE of one layer, as `mix` would have it: in numpy, since it is asked at each layer of each pass.
+
+        said_NME: of all sources but the last, which has said last_NE.
+        """
         if best := self._speaker_L[layer]:
-            return p_NME[:, best - 1]
-        p = p_NME.numpy().clip(_CLAMP, 1 - _CLAMP)
+            return last_NE if best == len(self.present_ML) else said_NME[:, best - 1]
+        p = np.concatenate((said_NME.numpy(), last_NE.numpy()[:, None]), 1)
+        p = np.minimum(np.maximum(p, _CLAMP), 1 - _CLAMP)
         weight_NM = self.weight_LCM[layer].numpy()[kind_N.numpy()]
         weight_NM1 = (weight_NM[:, :-1] * self.present_ML[:, layer].numpy())[..., None]
         z = (weight_NM1 * np.log(p / (1 - p))).sum(1) + weight_NM[:, -1:]
@@ -160,7 +164,7 @@ class _Lesson(NamedTuple):
     """What a pass leaves to learn from: what was said of N positions, and what came of them."""
 
     p_NMLE: Tensor
-    ahead_NLE: Tensor | None
+    ahead: dict[int, Tensor]  # p_NE by layer, of look-ahead
     kind_N: Tensor
     routes_NLK: Tensor
 
@@ -193,7 +197,7 @@ class Combination:
         self.during = Mixture(torch.cat([present_ML, ahead_1L]), kinds)
         self._p_NMLE: Tensor | None = None
         self._kind_N = torch.zeros(0, dtype=torch.int64)
-        self._ahead_NLE: Tensor | None = None
+        self._ahead: dict[int, Tensor] = {}
         self._lots: Lots[_Lesson] = Lots()
         # Of what `consult` reads and `observe_pass` changes. Held for one source at a time: a pass waits for it.
         self._learning = threading.Lock()
@@ -241,7 +245,7 @@ class Combination:
 
     def adopt(self, said: Opinions) -> None:
         """The pass that begins is over these positions, real ones only: `observe_pass` will learn from it."""
-        self._p_NMLE, self._kind_N, self._ahead_NLE = said.p_NMLE, said.kind_N, None
+        self._p_NMLE, self._kind_N, self._ahead = said.p_NMLE, said.kind_N, {}
 
     def observe(self, layer: int, hidden_BD: Tensor | None, routes_BK: Tensor | None) -> Tensor | None:
         if self.ahead is None or self._p_NMLE is None:
@@ -255,21 +259,17 @@ class Combination:
                 f"the pass; observe each real new position once"
             )
         after = layer + 1
-        if self._ahead_NLE is None:
-            tokens, _, layers, experts = self._p_NMLE.shape
-            self._ahead_NLE = torch.full((tokens, layers, experts), 0.5)
-        self._ahead_NLE[:, after] = p_NE
-        p_NME = torch.cat([self._p_NMLE[:, :, after], p_NE[:, None]], dim=1)
-        return self.during.mix_layer(p_NME, self._kind_N, after)
+        self._ahead[after] = p_NE
+        return self.during.mix_layer(self._p_NMLE[:, :, after], p_NE, self._kind_N, after)
 
     def forget(self) -> None:
         """The pass that was predicted last will not be observed."""
-        self._p_NMLE = self._ahead_NLE = None
+        self._p_NMLE, self._ahead = None, {}
 
     def observe_pass(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
         """later: who does the learning, which may be under way while the next pass runs."""
-        said = (self._p_NMLE, self._ahead_NLE, self._kind_N)
-        self._p_NMLE = self._ahead_NLE = None
+        said = (self._p_NMLE, self._ahead, self._kind_N)
+        self._p_NMLE, self._ahead = None, {}
         later(partial(self._learn, context, routes_BSLK, *said))
 
     def _learn(
@@ -277,13 +277,13 @@ class Combination:
         context: PathContext,
         routes_BSLK: Tensor,
         p_NMLE: Tensor | None,
-        ahead_NLE: Tensor | None,
+        ahead: dict[int, Tensor],
         kind_N: Tensor,
     ) -> None:
         real_N = _real(context)
         rows = int(real_N.sum())
         if p_NMLE is not None and rows == len(p_NMLE) > 0:
-            lesson = _Lesson(p_NMLE, ahead_NLE, kind_N, routes_BSLK.flatten(0, 1)[real_N])
+            lesson = _Lesson(p_NMLE, ahead, kind_N, routes_BSLK.flatten(0, 1)[real_N])
             if lot := self._lots.add(lesson, rows):
                 self._learn_weights(lot)
         for source in self.sources:
@@ -299,10 +299,14 @@ class Combination:
         )
         with self._learning:
             self.before.learn(p_NMLE, truth_NLE, kind_N)
-        ahead = [lesson.ahead_NLE for lesson in lot if lesson.ahead_NLE is not None]
-        if len(ahead) == len(lot):
-            with_ahead = torch.cat([p_NMLE, torch.cat(ahead)[:, None]], dim=1)
-            self.during.learn(with_ahead, truth_NLE, kind_N)
+        if all(lesson.ahead for lesson in lot):
+            ahead_NLE, begin = torch.full_like(truth_NLE, 0.5, dtype=p_NMLE.dtype), 0
+            for lesson in lot:
+                end = begin + len(lesson.kind_N)
+                for layer, p_NE in lesson.ahead.items():
+                    ahead_NLE[begin:end, layer] = p_NE
+                begin = end
+            self.during.learn(torch.cat([p_NMLE, ahead_NLE[:, None]], dim=1), truth_NLE, kind_N)
 
 
 def _real(context: PathContext) -> Tensor:

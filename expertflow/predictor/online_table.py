@@ -59,6 +59,8 @@ class RouteMemory:
         rows = np.fromiter((self._row_of.get(key, -1) for key in key_N.tolist()), np.int64, len(key_N))
         layers, top_k = self.routes_CRLK.shape[2:]
         found = np.flatnonzero(rows >= 0)
+        if not len(found):  # most pairs and triples of new text
+            return torch.from_numpy(found), torch.zeros(0, layers, self.num_experts), torch.zeros(0)
         row_F = rows[found]
         seen_F1 = self._seen_C[row_F][:, None]
         place_R = np.arange(self.ring)
@@ -140,6 +142,8 @@ class OnlineTokenTable:
             zip(self.memories, self._keys(context), strict=True), start=1
         ):
             where_F, count_FLE, weight_F = memory.counts(key_BS.reshape(-1))
+            if not len(where_F):
+                continue
             p_NLE[where_F] = (count_FLE + PRIOR * p_NLE[where_F]) / (weight_F + PRIOR)[:, None, None]
             support_N[where_F] = order
         return p_NLE.reshape(batch, new, *p_NLE.shape[1:]), support_N.reshape(batch, new)
@@ -158,16 +162,17 @@ class OnlineTokenTable:
 
     def _keys(self, context: PathContext) -> list[Tensor]:
         """key_BS of the token, the pair and the triple that end at each new position."""
-        ids_BT = context.target_BT.long()
+        new, before = context.num_new, len(RINGS) - 1
+        seen = new + before  # positions that a key of these reads
+        ids_BT = context.target_BT[:, -seen:].long()
         if context.target_mask_BT is not None:
-            ids_BT = ids_BT.masked_fill(~context.target_mask_BT, _NO_TOKEN)
-        before = len(RINGS) - 1
-        padded = torch.nn.functional.pad(ids_BT, (before, 0), value=_NO_TOKEN)
-        new = context.num_new
-        key_BS, keys = torch.zeros_like(ids_BT[:, -new:]), []
+            ids_BT = ids_BT.masked_fill(~context.target_mask_BT[:, -seen:], _NO_TOKEN)
+        if missing := seen - ids_BT.shape[1]:
+            ids_BT = torch.nn.functional.pad(ids_BT, (missing, 0), value=_NO_TOKEN)
+        key_BS, keys = ids_BT[:, before:], []
         for order in range(len(RINGS)):
-            end = padded.shape[1] - order
-            key_BS = key_BS | padded[:, end - new : end] << (_BITS * order)
+            if order:
+                key_BS = key_BS | ids_BT[:, before - order : seen - order] << (_BITS * order)
             keys.append(key_BS)
         return keys
 

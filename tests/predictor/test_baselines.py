@@ -329,6 +329,21 @@ def test_probabilities_add_up_to_the_number_chosen_in_the_order_of_the_logits(ex
     assert (ordered.diff() <= 0).all()
 
 
+@pytest.mark.parametrize(("experts", "top_k"), [(32, 1), (60, 4), (8, 7)])
+@pytest.mark.parametrize("width", [0.0, 0.1, 3.0, 40.0, 1000.0])
+def test_one_row_alone_gets_what_it_gets_among_others(experts, top_k, width):
+    logits = torch.randn(50, experts, generator=torch.Generator().manual_seed(0)) * width
+    alone = torch.cat([inclusion_probability(row[None], top_k) for row in logits])
+    torch.testing.assert_close(alone, inclusion_probability(logits, top_k))
+
+
+def test_what_is_no_number_stays_none_in_one_row_as_among_others():
+    logits = torch.tensor([[0.0, float("nan"), 1.0, 2.0], [float("inf"), 0.0, 1.0, 2.0]])
+    together = inclusion_probability(logits, 2)
+    for row, p_E in zip(logits, together, strict=True):
+        torch.testing.assert_close(inclusion_probability(row[None], 2)[0], p_E, equal_nan=True)
+
+
 def test_a_router_that_takes_all_is_certain():
     assert torch.equal(inclusion_probability(torch.randn(2, 3), 3), torch.ones(2, 3))
 

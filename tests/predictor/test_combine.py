@@ -272,7 +272,7 @@ def test_one_layer_is_mixed_as_all_of_them_are(speaker: int) -> None:
     p_NMLE[0, :, :, 0], p_NMLE[0, :, :, 1] = 0.0, 1.0
     whole_NLE = mixture.mix(p_NMLE, kind_N)
     for layer in range(3):
-        p_NE = mixture.mix_layer(p_NMLE[:, :, layer], kind_N, layer)
+        p_NE = mixture.mix_layer(p_NMLE[:, :-1, layer], p_NMLE[:, -1, layer], kind_N, layer)
         torch.testing.assert_close(p_NE, whole_NLE[:, layer])
 
 
