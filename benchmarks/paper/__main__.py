@@ -6,7 +6,8 @@
     python -m benchmarks.paper --page docs/results.md             # and write the page (`make paper`)
 
 A killed or interrupted run goes on where it stopped. Results are JSON in --out, with figures as PNG and SVG beside
-them; the page is made of both.
+them; the page is made of both. A page elsewhere keeps the results it is made of in results/ beside it, so that a run
+of some items later leaves the others on it.
 """
 
 from __future__ import annotations
@@ -47,13 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--page-only", action="store_true", help="make the page of what is there; run nothing"
     )
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="a source tree of it with a build, for full-size",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of arithmetic; the loader has one of its own")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     try:
         chosen = choose(ITEMS, options.only, options.mode)
         settings = Settings(
-            out=options.out, quick=options.quick, seed=options.seed, predictors=options.predictors
+            out=options.out,
+            quick=options.quick,
+            seed=options.seed,
+            predictors=options.predictors,
+            llama_cpp=options.llama_cpp,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -136,13 +148,21 @@ def draw(item: Item, result: Result, settings: Settings) -> list[Path]:
 
 
 def write_page(items: Sequence[Item], settings: Settings, path: Path) -> None:
-    """The page of all that is kept, figures beside it in figures/paper. Raises ValueError for a broken result."""
+    """The page of all that is kept, figures and results beside it. Raises ValueError for a broken result.
+
+    What is not in the settings' folder is taken from the results beside the page, if it was made as thoroughly.
+    """
     made: list[tuple[Item, Result]] = []
     missing: list[Item] = []
     figures: dict[str, list[str]] = {}
     folder = path.parent / "figures" / "paper"
     for item in items:
+        beside = path.parent / "results" / item.file_name
         found = results.load(settings.results / item.file_name)
+        if found is not None and path.parent.resolve() != settings.results.resolve():
+            results.save(found, beside)
+        elif found is None and (kept := results.load(beside)) is not None:
+            found = kept if kept.conditions.get("quick", False) == settings.quick else None
         if found is None:
             missing.append(item)
             continue

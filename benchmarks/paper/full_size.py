@@ -45,6 +45,8 @@ def _measure(settings: Settings, name: str, say: Say) -> list[Row]:
         str(answer.resolve()),
     ]
     command += ["--folder", str((settings.out / "checkpoints").resolve()), "--tokens", str(TOKENS)]
+    if settings.llama_cpp is not None:
+        command += ["--llama-cpp", str(settings.llama_cpp.resolve())]
     settings.out.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [*command, "--threads", str(THREADS)], capture_output=True, text=True, cwd=ROOT, check=False

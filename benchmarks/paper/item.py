@@ -38,6 +38,7 @@ class Settings:
     predictors: Path | None = None
     traces: Path = ROOT / "zoo" / "traces"
     zoo: Path = ROOT / "out" / "zoo"
+    llama_cpp: Path | None = None  # a source tree with a build, for full-size
 
     @property
     def results(self) -> Path:

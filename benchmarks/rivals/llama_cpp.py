@@ -25,10 +25,14 @@ _CONVERT = """
 import sys
 sys.path[:0] = [{tree!r}, {tree!r} + "/gguf-py"]
 import convert_hf_to_gguf as tool
+try:
+    from conversion.base import TextModel  # since 2026
+except ImportError:
+    from convert_hf_to_gguf import TextModel
 def no_vocabulary(self):
     self._set_vocab_none()
     self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
-tool.TextModel._set_vocab_gpt2 = no_vocabulary
+TextModel._set_vocab_gpt2 = no_vocabulary
 sys.argv = ["convert_hf_to_gguf.py", {folder!r}, "--outtype", "bf16", "--outfile", {out!r}]
 tool.main()
 """

@@ -104,13 +104,14 @@ def test_the_page_keeps_disturbed_speeds_and_skipped_models_apart(
 
     def ran(command: list[str], **_: Any) -> SimpleNamespace:
         name = command[command.index("--models") + 1]
+        assert command[command.index("--llama-cpp") + 1] == str(tmp_path / "llama.cpp")
         Path(command[command.index("--json") + 1]).write_text(json.dumps({"metrics": answers[name]}))
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", ran)
     monkeypatch.setattr(results, "commit", lambda: "unknown")  # it asks git by subprocess
     monkeypatch.setattr(results, "machine", dict)
-    result = results.run(item.ITEM, Settings(out=tmp_path), print)
+    result = results.run(item.ITEM, Settings(out=tmp_path, llama_cpp=tmp_path / "llama.cpp"), print)
     section = item.section(result)
     assert section.tables[0].rows[0][4] == "4.00 (disturbed)"
     assert section.tables[0].rows[1][4] == "4.00"

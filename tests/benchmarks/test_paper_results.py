@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -217,3 +219,19 @@ def test_one_item_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, cap
     assert "broken, simulated: failed: zoo/traces has no recording" in capsys.readouterr().err
     assert "Fig. 0" in (tmp_path / "results.md").read_text()
     json.loads((tmp_path / "fig0-simulated.json").read_text())
+
+
+def test_a_page_keeps_what_an_earlier_run_put_on_it(tmp_path: Path) -> None:
+    """Made by two runs of one item each, from folders of their own."""
+    one, other = item([]), replace(item([]), name="fig1", title="Fig. 1: nothing")
+    path = tmp_path / "docs" / "results.md"
+    for number, made in enumerate((one, other)):
+        settings = Settings(out=tmp_path / str(number))
+        results.run(made, settings, print)
+        program.write_page([one, other], settings, path)
+    assert "not made" not in path.read_text()
+    kept = sorted(found.name for found in (path.parent / "results").iterdir())
+    assert kept == ["fig0-simulated.json", "fig1-simulated.json"]
+    quick = Settings(out=tmp_path / "2", quick=True)
+    program.write_page([one, other], quick, path)
+    assert path.read_text().count("not made") == 2, "a quick page has nothing of a whole run"
