@@ -49,6 +49,11 @@ def main() -> None:
     if options.quick:
         options.steps, options.batch = 24, options.batch[:3]
     folders = options.traces or sorted(file.parent for file in ROOT.glob("*/*/routes.trace"))
+    for folder in folders:  # before half an hour of work, not after it
+        if not (folder / "routes.trace").exists():
+            parser.error(
+                f"{folder} is no recording (routes.trace is missing); give folders such as {ROOT}/*/chat"
+            )
     rows: list[dict[str, Any]] = []
     for folder in folders:
         found = list(cells(options, folder))
