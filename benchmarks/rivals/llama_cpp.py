@@ -61,11 +61,14 @@ def convert(tree: Path, folder: Path) -> Path:
 
 def command(tree: Path, gguf: Path, steps: int, threads: int, mmap: bool = True) -> list[str]:
     """llama-bench decoding `steps` tokens of one sequence, no prompt, once; the answer is JSON."""
+    bench = str(find_bench(tree))
     decode_only = ["-p", "0", "-n", str(steps), "-r", "1"]
-    return [
-        *(str(find_bench(tree)), "-m", str(gguf), *decode_only),
-        *("-t", str(threads), "--mmap", str(int(mmap)), "-o", "json"),
-    ]
+    knows = subprocess.run([bench, "--help"], capture_output=True, text=True, check=False).stdout
+    if "--load-mode" in knows:  # since 2026
+        load = ["--load-mode", "mmap" if mmap else "none"]
+    else:
+        load = ["--mmap", str(int(mmap))]
+    return [bench, "-m", str(gguf), *decode_only, "-t", str(threads), *load, "-o", "json"]
 
 
 def decode(

@@ -27,18 +27,33 @@ def checkpoint(tmp_path: Path) -> Path:
 def tree(tmp_path: Path) -> Path:
     binary = tmp_path / "llama.cpp" / "build" / "bin" / "llama-bench"
     binary.parent.mkdir(parents=True)
-    binary.touch()
+    helps(binary, "-mmp, --mmap <0|1>")
     return tmp_path / "llama.cpp"
 
 
-def test_llama_cpp_is_told_to_decode_alone(tree: Path, tmp_path: Path) -> None:
+def helps(binary: Path, text: str) -> None:
+    binary.write_text(f"#!/bin/sh\necho '{text}'\n")
+    binary.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("knows", "flag", "mapped", "read"),
+    [
+        ("-mmp, --mmap <0|1>", "--mmap", "1", "0"),
+        ("-lm, --load-mode <auto|none|mmap>", "--load-mode", "mmap", "none"),
+    ],
+)
+def test_llama_cpp_is_told_to_decode_alone(
+    tree: Path, tmp_path: Path, knows: str, flag: str, mapped: str, read: str
+) -> None:
+    helps(tree / "build" / "bin" / "llama-bench", knows)
     asked = llama_cpp.command(tree, tmp_path / "m.gguf", steps=24, threads=2)
     assert asked[0].endswith("build/bin/llama-bench")
     assert dict(zip(asked[1::2], asked[2::2], strict=True)) == {
         "-m": str(tmp_path / "m.gguf"),
-        **{"-p": "0", "-n": "24", "-r": "1", "-t": "2", "--mmap": "1", "-o": "json"},
+        **{"-p": "0", "-n": "24", "-r": "1", "-t": "2", flag: mapped, "-o": "json"},
     }
-    assert llama_cpp.command(tree, tmp_path, 1, 1, mmap=False)[-3] == "0"
+    assert llama_cpp.command(tree, tmp_path, 1, 1, mmap=False)[-3] == read
 
 
 def test_llama_cpp_says_what_it_ran(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
