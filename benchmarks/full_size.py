@@ -120,6 +120,8 @@ def run_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             for system in options.only:
                 drop_from_page_cache(folder)
                 result = run_system(system, name, folder, memory, batch, options)
+                if not options.keep:  # every weight once more, which the next system may need the room of
+                    shutil.rmtree(folder / rivals.OFFLOADED, ignore_errors=True)
                 found.append({**label, "system": system, "batch": batch, **result})
                 console.print(
                     f"  {system}, batch {batch}: {json.dumps(result)}", soft_wrap=True, highlight=False

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 OURS = ("ours", "on-demand", "online", "resident")
 TRANSFORMERS = ("grouped_mm", "eager")
 ACCELERATE, LLAMA_CPP = "accelerate", "llama.cpp"
+OFFLOADED = "accelerate-offload"  # the folder in a checkpoint's that accelerate writes
 # What the caller did before the process began (benchmarks.common.drop_from_page_cache), and what a cgroup does.
 COLD = "dropped before the run; what is cached in it counts against the limit"
 
@@ -79,7 +80,7 @@ def missing(name: str, checkpoint: Path, memory_bytes: int, llama_cpp: Path | No
     if name == ACCELERATE:
         if importlib.util.find_spec("accelerate") is None:
             return "accelerate is not installed; pip install accelerate"
-        if not (checkpoint / "accelerate-offload").exists():
+        if not (checkpoint / OFFLOADED).exists():
             return _no_disk(checkpoint, nbytes, "it writes the experts once more, packed by layer")
     if name == LLAMA_CPP:
         if llama_cpp is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rivals import Limits, Loaded, Ran, auto_class, versions
+from benchmarks.rivals import OFFLOADED, Limits, Loaded, Ran, auto_class, versions
 
 # For the interpreter, the libraries, and the layer that is being computed: with less left over the cgroup kills it
 # (8 layers of the Qwen1.5-MoE shape in 3.1 GB, 2026-11).
@@ -21,8 +21,8 @@ def load(folder: Path, limits: Limits) -> Loaded:
     flags: dict[str, Any] = {
         "device_map": "auto",
         "max_memory": {"cpu": limits.memory - _OUTSIDE},
-        "offload_folder": folder / "accelerate-offload",
+        "offload_folder": folder / OFFLOADED,
     }
     model = auto_class(folder).from_pretrained(folder, **flags)
-    said = {**flags, "offload_folder": "accelerate-offload beside the checkpoint"}
+    said = {**flags, "offload_folder": f"{OFFLOADED} beside the checkpoint"}
     return Loaded(model, Ran("accelerate disk offload", versions("accelerate", "transformers"), said))
