@@ -136,7 +136,7 @@ def run_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 def run_system(
     system: str, name: str, folder: Path, memory: int, batch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    why = rivals.missing(system, folder, psutil.virtual_memory().total, options.llama_cpp)
+    why = rivals.missing(system, folder, psutil.virtual_memory().total, options.llama_cpp, memory)
     if (
         system == rivals.LLAMA_CPP
         and why is None

@@ -100,7 +100,7 @@ def _table(rows: list[Row]) -> Table:
             f"{row['model']}, {row['layers']} of {row['published_layers']} layers",
             f"{row['checkpoint_bytes'] / 1e9:.1f} GB",
             row["system"],
-            f"{row['peak_bytes'] / 1e9:.2f} GB",
+            f"{row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else "",
             f"{row['tokens_per_s']:.2f}" + (" (disturbed)" if row.get("disturbed") else ""),
             f"{row['bound_tokens_per_s']:.2f}" if "bound_tokens_per_s" in row else "",
             f"{row['hit_ratio']:.3f}" if "hit_ratio" in row else "",

@@ -19,6 +19,9 @@ OURS = ("ours", "on-demand", "online", "resident")
 TRANSFORMERS = ("grouped_mm", "eager")
 ACCELERATE, LLAMA_CPP = "accelerate", "llama.cpp"
 OFFLOADED = "accelerate-offload"  # the folder in a checkpoint's that accelerate writes
+# Outside of what accelerate is told: the interpreter, the libraries, and the layer that is being computed. With less
+# left over the cgroup kills it (8 layers of the Qwen1.5-MoE shape in 3.1 GB, 2026-11).
+OUTSIDE = 1_600_000_000
 # What the caller did before the process began (benchmarks.common.drop_from_page_cache), and what a cgroup does.
 COLD = "dropped before the run; what is cached in it counts against the limit"
 
@@ -69,10 +72,16 @@ def load(name: str, folder: Path, limits: Limits) -> Loaded:
     raise ValueError(f"unknown system {name!r}; known: {', '.join((*OURS, ACCELERATE, *TRANSFORMERS))}")
 
 
-def missing(name: str, checkpoint: Path, memory_bytes: int, llama_cpp: Path | None = None) -> str | None:
+def missing(
+    name: str,
+    checkpoint: Path,
+    memory_bytes: int,
+    llama_cpp: Path | None = None,
+    limit_bytes: int | None = None,
+) -> str | None:
     """Why this system cannot run on this checkpoint here, with what it would take; None where it can.
 
-    memory_bytes: of the machine.
+    memory_bytes: of the machine. limit_bytes: of the memory cgroup it is to run in.
     """
     nbytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     if name in ("resident", *TRANSFORMERS) and nbytes > memory_bytes:
@@ -80,6 +89,8 @@ def missing(name: str, checkpoint: Path, memory_bytes: int, llama_cpp: Path | No
     if name == ACCELERATE:
         if importlib.util.find_spec("accelerate") is None:
             return "accelerate is not installed; pip install accelerate"
+        if limit_bytes is not None and limit_bytes <= OUTSIDE:
+            return f"needs more than {OUTSIDE / 1e9:.1f} GB of memory and is to have {limit_bytes / 1e9:.2f}"
         if not (checkpoint / OFFLOADED).exists():
             return _no_disk(checkpoint, nbytes, "it writes the experts once more, packed by layer")
     if name == LLAMA_CPP:

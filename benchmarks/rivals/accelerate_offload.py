@@ -5,22 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rivals import OFFLOADED, Limits, Loaded, Ran, auto_class, versions
-
-# For the interpreter, the libraries, and the layer that is being computed: with less left over the cgroup kills it
-# (8 layers of the Qwen1.5-MoE shape in 3.1 GB, 2026-11).
-_OUTSIDE = 1_600_000_000
+from benchmarks.rivals import OFFLOADED, OUTSIDE, Limits, Loaded, Ran, auto_class, versions
 
 
 def load(folder: Path, limits: Limits) -> Loaded:
     """Raises ValueError for less memory than it takes itself."""
-    if limits.memory is None or limits.memory <= _OUTSIDE:
+    if limits.memory is None or limits.memory <= OUTSIDE:
         raise ValueError(
-            f"memory={limits.memory}: accelerate's offload needs a limit above {_OUTSIDE / 1e9} GB"
+            f"memory={limits.memory}: accelerate's offload needs a limit above {OUTSIDE / 1e9} GB"
         )
     flags: dict[str, Any] = {
         "device_map": "auto",
-        "max_memory": {"cpu": limits.memory - _OUTSIDE},
+        "max_memory": {"cpu": limits.memory - OUTSIDE},
         "offload_folder": folder / OFFLOADED,
     }
     model = auto_class(folder).from_pretrained(folder, **flags)

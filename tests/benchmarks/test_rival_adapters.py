@@ -113,6 +113,7 @@ def test_who_cannot_run_says_why(checkpoint: Path, tree: Path, monkeypatch: pyte
     assert "of memory and the machine has 0.0" in (rivals.missing("resident", checkpoint, 1000) or "")
     assert "--llama-cpp DIR" in (rivals.missing("llama.cpp", checkpoint, 10**9) or "")
     assert rivals.missing("llama.cpp", checkpoint, 10**9, tree) is None
+    assert "is to have 1.10" in (rivals.missing("accelerate", checkpoint, 10**9, tree, 1_100_000_000) or "")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10, 10, 0))
     for name in ("llama.cpp", "accelerate"):
         assert "more of disk" in (rivals.missing(name, checkpoint, 10**9, tree) or "")
