@@ -182,6 +182,9 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     experts: Any = getattr(model, "expertflow", None)
     if experts is not None and experts.predicting is not None:
         ask_no_routers(experts)
+    if experts is not None and options.worker == "resident":
+        experts.cache.prefetch(experts.cache.store.experts)
+        experts.cache.wait_idle()
     steps = decode(
         model, held_out(model, TRACES / PUBLISHED[name].trace / options.task), options.batch, options.tokens
     )
