@@ -49,7 +49,7 @@ def main() -> None:
     if options.quick:
         options.steps, options.batch = 24, options.batch[:3]
     folders = options.traces or sorted(file.parent for file in ROOT.glob("*/*/routes.trace"))
-    for folder in folders:  # before half an hour of work, not after it
+    for folder in folders:  # before the work, which a wrong one would lose
         if not (folder / "routes.trace").exists():
             parser.error(
                 f"{folder} is no recording (routes.trace is missing); give folders such as {ROOT}/*/chat"
