@@ -212,7 +212,7 @@ def test_lru_golden_counts(num_slots, hits):
 GOLDEN_HITS = {
     "lru": (7, 29, 48),
     "lfu": (7, 29, 51),
-    "plec": (10, 35, 51),
+    "plec": (10, 37, 55),
     "plec-paper": (7, 29, 48),
     "cache-moe": (7, 29, 48),
     "cache-moe-speculative": (7, 29, 48),
@@ -265,10 +265,25 @@ def test_plec_keeps_whoever_is_popular_and_whoever_was_here_last() -> None:
             policy.begin_pass(None)
             policy.layer_opened(0, [ExpertId(0, expert)])
 
-    run(20 * [0, 6, 7] + 4 * [1] + 10 * [5, 6, 7] + 2 * [2])
-    assert ranked(policy, residents) == [1, 0, 2], "slow frequencies alone would have 2 go first"
-    run(2 * [5, 6, 7])
-    assert ranked(policy, residents) == [1, 2, 0], "and fast ones 0"
+    run(20 * [0, 6, 7] + 4 * [1] + 8 * [5, 6, 7] + 2 * [2])
+    assert ranked(policy, residents) == [1, 2, 0], "slow frequencies alone would have 2 go first, fast ones 0"
+    run(4 * [5, 6, 7])
+    assert ranked(policy, residents) == [2, 1, 0], "and twice is forgotten sooner than four times"
+
+
+def test_plec_believes_in_its_start_for_a_few_passes_only() -> None:
+    """Eight passes, all of which needed expert 0 of the first layer: surer than .6 for one of the second layer."""
+    policy = NextUse(MoEShape((4, 4)), 2)
+    always, perhaps = ExpertId(0, 0), ExpertId(1, 0)
+    for expert in (always, perhaps):
+        policy.loaded(expert)
+    for _ in range(8):
+        policy.begin_pass(None)
+        policy.layer_opened(0, [always])
+        policy.layer_opened(1, [ExpertId(1, 3)])
+    policy.begin_pass(Forecast([[1.0, 0.0, 0.0, 0.0], [0.6, 0.0, 0.0, 1.0]]))
+    policy.layer_opened(0, [always])
+    assert policy.choose_victim([always, perhaps], ExpertId(1, 3)) == perhaps
 
 
 def ranked(policy: Policy, residents: list[ExpertId]) -> list[int]:

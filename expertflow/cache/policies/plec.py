@@ -100,6 +100,7 @@ class NextUse(Policy):
     binds_late = True
     keep_slow, keep_fast = 0.99, 0.8  # by pass, of the running frequencies of use
     share_fast = 0.25  # in their mean
+    start_rate, start_passes = 0.2, 6.0  # what is assumed of every expert, and how many passes that counts for
     least_likely = 0.5  # guesses below it cost bytes and gained no time (docs/log.md)
     discount = 0.7
     # What lies ready for long takes the place of something that would have been used again; further ahead cost bytes
@@ -111,9 +112,14 @@ class NextUse(Policy):
         layers = range(shape.num_layers)
         self._layer = -1  # the one that opened last in this pass
         self._residents: list[set[ExpertId]] = [set() for _ in layers]
-        self._slow = [[0.2] * experts for experts in shape.experts_per_layer]
-        self._fast = [list(slow_E) for slow_E in self._slow]
-        self._rate = [list(slow_E) for slow_E in self._slow]  # the mean of both
+        self._slow, self._fast = (
+            [
+                _Frequency(keep, experts, self.start_rate, self.start_passes)
+                for experts in shape.experts_per_layer
+            ]
+            for keep in (self.keep_slow, self.keep_fast)
+        )
+        self._rate = [[self.start_rate] * experts for experts in shape.experts_per_layer]  # the mean of both
         self._when: list[list[float]] = [
             [] for _ in layers
         ]  # position of the next use, from this pass's start
@@ -171,11 +177,8 @@ class NextUse(Policy):
         if layer <= self._layer:  # nobody said that a pass began
             self.begin_pass(None)
         self._layer = layer
-        slow_E, fast_E = self._slow[layer], self._fast[layer]
-        for rate_E, keep in ((slow_E, self.keep_slow), (fast_E, self.keep_fast)):
-            rate_E[:] = [keep * rate for rate in rate_E]
-            for expert in needed:
-                rate_E[expert.expert] += 1 - keep
+        used = [expert.expert for expert in needed]
+        slow_E, fast_E = self._slow[layer].after(used), self._fast[layer].after(used)
         share = self.share_fast
         self._rate[layer] = [
             (1 - share) * slow + share * fast for slow, fast in zip(slow_E, fast_E, strict=True)
@@ -273,6 +276,27 @@ class NextUse(Policy):
     def _turn(self, layer: int) -> int:
         """When the layer opens next, counted from this pass's first."""
         return layer if layer > self._layer else layer + self.shape.num_layers
+
+
+class _Frequency:
+    """How often a layer's experts were used lately, in shares of its passes.
+
+    Sums over counted passes: a mean that starts somewhere and keeps .99 of itself would believe in its start for a
+    hundred passes (docs/log.md).
+    """
+
+    def __init__(self, keep: float, experts: int, start_rate: float, start_passes: float):
+        self._keep, self._passes = keep, start_passes
+        self._used_E = [start_rate * start_passes] * experts
+
+    def after(self, used: Sequence[int]) -> list[float]:
+        """rate_E once another pass has used these."""
+        keep = self._keep
+        self._passes = passes = keep * self._passes + 1
+        self._used_E = used_E = [keep * uses for uses in self._used_E]
+        for expert in used:
+            used_E[expert] += 1
+        return [uses / passes for uses in used_E]
 
 
 class _NotFetchedBefore(Container[ExpertId]):
