@@ -12,7 +12,7 @@ import json
 import lzma
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -30,7 +30,7 @@ from expertflow.core import ExpertId, MoEShape
 from expertflow.disturbance import Disturbance, Watch
 from expertflow.engine.llm import LLM
 from expertflow.kv_name import KV_CACHE, kv_cache_of
-from expertflow.models.capture import capture_routes
+from expertflow.models.capture import capture_routes, count_source_layers
 from expertflow.sim.clock import Outcome, Pass, Simulation
 from expertflow.sim.hardware import Costs
 
@@ -84,6 +84,11 @@ class Run:
     disturbance: Disturbance = field(default_factory=lambda: Disturbance(None, None))
 
     @property
+    def layers(self) -> int:
+        """That a step runs: an encoder's are not among them."""
+        return self.shape.num_layers - self.passes[-1].first_layer
+
+    @property
     def settle(self) -> int:
         return len(self.passes) - len(self.step_s)
 
@@ -115,8 +120,11 @@ class Run:
         }
 
 
-def texts(llm: LLM, batch: int, length: int, part: int) -> Tensor:
-    """[batch, length] token ids of real conversations, one behind the other; parts share no conversation."""
+def texts(llm: LLM, batch: int, length: int, part: int, of: Sequence[str] = ("prompt", "response")) -> Tensor:
+    """[batch, length] token ids of real conversations, one behind the other; parts share no conversation.
+
+    of: only what one side said.
+    """
     rows: list[list[int]] = [[] for _ in range(batch)]
     with lzma.open(TEXTS, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines):
@@ -126,7 +134,7 @@ def texts(llm: LLM, batch: int, length: int, part: int) -> Tensor:
             if len(row) >= length:
                 break
             said = json.loads(line)
-            encoded: Any = llm.tokenizer(f"{said['prompt']} {said.get('response', '')}\n")
+            encoded: Any = llm.tokenizer(" ".join(said.get(side, "") for side in of) + "\n")
             row += encoded.input_ids
     if min(map(len, rows)) < length:
         raise SystemExit(
@@ -208,8 +216,6 @@ def run(folder: Path, case: Case, steps: int, part: int, gauge: Gauge | None = N
     }
     with LLM(folder, **settings) as llm:
         model: Any = llm.model
-        if model.config.is_encoder_decoder:
-            raise SystemExit(f"{folder} is an encoder-decoder; on the clock run models that only decode")
         cache, predicting = llm.experts.cache, llm.experts.predicting
         store, some = cache.store, ExpertId(0, 0)
         done = Run(
@@ -225,9 +231,9 @@ def run(folder: Path, case: Case, steps: int, part: int, gauge: Gauge | None = N
             predicting.cache, predicting.gate = heard, AlwaysOpen()  # type: ignore[assignment]
         tap: Any = _Tap(store)
         cache.memory.store = tap
-        ids_BT = texts(llm, case.batch, length, part)
+        prompt_BT, steps_BT = _prompts_and_steps(llm, case.batch, SETTLE + steps, part)
         with capture_routes(model) as capture, _timed_layers(llm) as layers:
-            past = kv_cache_of(model(ids_BT[:, :PROMPT], use_cache=True))
+            decode = _read_prompt(model, prompt_BT)
             watch, looks = Watch(), []
             for number in range(SETTLE + steps):
                 if number == SETTLE:
@@ -239,7 +245,7 @@ def run(folder: Path, case: Case, steps: int, part: int, gauge: Gauge | None = N
                 before = _counts(cache.stats)
                 layers.marks.clear()
                 began = time.perf_counter()
-                model(ids_BT[:, PROMPT + number : PROMPT + number + 1], use_cache=True, **{KV_CACHE: past})
+                decode(steps_BT[:, number : number + 1])
                 after = _counts(cache.stats)
                 if number >= SETTLE:
                     done.step_s.append(time.perf_counter() - began)
@@ -253,14 +259,39 @@ def run(folder: Path, case: Case, steps: int, part: int, gauge: Gauge | None = N
             done.bytes_read, done.hits = stats.bytes_read, stats.hits
         if predicting is not None and predicting.stats.failed is not None:
             raise SystemExit(f"the predictor {case.predictor} failed: {predicting.stats.failed}")
-        said = heard.said if heard is not None else [(None, [])] * len(capture.passes)
-        for routed, (forecast, ahead_L) in zip(capture.passes, said, strict=True):
-            experts_L = [list(dict.fromkeys(routes_TK.flatten().tolist())) for routes_TK in routed.routes_L]
-            done.passes.append(Pass(experts_L, forecast, ahead_L))
+        decoded = [routed for routed in capture.passes if routed.side == "target"]
+        source_layers = count_source_layers(model)
+        said = heard.said if heard is not None else [(None, [])] * len(decoded)
+        for routed, (forecast, ahead_L) in zip(decoded, said, strict=True):
+            experts_L: list[list[int]] = [[] for _ in range(source_layers)]
+            for experts, routes_TK in zip(routed.num_experts_L, routed.routes_L, strict=True):
+                chosen = dict.fromkeys(routes_TK.flatten().tolist())
+                experts_L.append([expert for expert in chosen if expert < experts])  # or nowhere
+            done.passes.append(Pass(experts_L, forecast, ahead_L, first_layer=source_layers))
         # Two demands of one layer: the second was waiting when the first was there.
         pairs = zip(tap.reads, tap.reads[1:], strict=False)
         done.turnaround_s = [next_[1] - last[2] for last, next_ in pairs if last[0] == next_[0]]
     return done
+
+
+def _prompts_and_steps(llm: LLM, batch: int, steps: int, part: int) -> tuple[Tensor, Tensor]:
+    """[batch, PROMPT] and [batch, steps] token ids. An encoder reads what was asked, its decoder what was answered."""
+    if getattr(llm.model.config, "is_encoder_decoder", False):
+        return texts(llm, batch, PROMPT, part, ["prompt"]), texts(llm, batch, steps, part, ["response"])
+    ids_BT = texts(llm, batch, PROMPT + steps, part)
+    return ids_BT[:, :PROMPT], ids_BT[:, PROMPT:]
+
+
+def _read_prompt(model: Any, ids_BT: Tensor) -> Callable[[Tensor], None]:
+    """Run it; what comes back runs the next token of each row. An encoder reads it, and its decoder begins anew."""
+    if not model.config.is_encoder_decoder:
+        past = kv_cache_of(model(ids_BT, use_cache=True))
+        return lambda next_B1: model(next_B1, use_cache=True, **{KV_CACHE: past})
+    start_B1 = torch.full_like(ids_BT[:, :1], model.config.decoder_start_token_id)
+    encoded = model.get_encoder()(input_ids=ids_BT)
+    past = kv_cache_of(model(encoder_outputs=encoded, decoder_input_ids=start_B1, use_cache=True))
+    kept: dict[str, Any] = {KV_CACHE: past, "encoder_outputs": encoded}
+    return lambda next_B1: model(decoder_input_ids=next_B1, use_cache=True, **kept)
 
 
 def _counts(stats: Any) -> tuple[float, int, int]:
@@ -289,7 +320,7 @@ def arithmetic(free: Run, demand: Costs | None = None) -> Costs:
     stall_s, between_s = free.per_pace(free.stall_s), free.per_pace(free.between_s)
     limit = 1.5 * median(step_s)
     kept = [n for n, seconds in enumerate(step_s) if seconds <= limit]
-    layers = free.shape.num_layers
+    layers = free.layers
     busy = [open_s[n] - stall_s[n] for n in kept]
     dense_s = median(between_s[n] for n in kept)
     pass_s = mean(step_s[n] - open_s[n] for n in kept) - layers * dense_s

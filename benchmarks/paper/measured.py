@@ -1,6 +1,6 @@
 """Runs on the clock: small trained models with their experts in RAM behind a throttled link.
 
-The embedded model always; the zoo's (`make zoo`) where they are there and only decode. Every row has the share of the
+The embedded model always; the zoo's (`make zoo`) where they are there. Every row has the share of the
 processors' time that others had meanwhile (`stolen`, `others`), and is called disturbed where that is too much.
 """
 
@@ -27,6 +27,8 @@ from expertflow.timeline import Timeline
 RATIO, SHARE = 2.0, 1 / 4
 _STEPS, _QUICK_STEPS, _ZOO_STEPS = 96, 24, 32  # those of the zoo have more layers, and take longer
 _PROMPT_TOKENS = 32
+_ZOO = {"qwen1.5-moe": 60, "mixtral-8": 8, "switch-32": 32, "switch-64": 64, "switch-128": 128}
+POOLED = "plec"  # the policy that has one pool of slots for all layers; others give each layer its own
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,7 @@ class Small:
 
 def models(settings: Settings) -> list[Small]:
     """The embedded model, and those of the zoo that were trained here."""
-    zoo = [Small("qwen1.5-moe", settings.zoo / "qwen1.5-moe", "chat", 60)]
-    zoo += [Small("mixtral-8", settings.zoo / "mixtral-8", "chat", 8)]
+    zoo = [Small(name, settings.zoo / name, "chat", experts) for name, experts in _ZOO.items()]
     there = [small for small in zoo if (small.folder / "quality.json").exists() and not settings.quick]
     return [Small("tiny-moe", TINY, "chat", 32), *there]
 
@@ -65,23 +66,31 @@ def decode(
 ) -> list[Row]:
     """Decode steps of known text under each system, and once with every expert in memory.
 
-    systems: name -> policy, and whether it predicts.
+    systems: name -> policy, and whether it predicts. cache_sizes: slots for each layer that a step runs. An encoder
+    rests while its decoder decodes: the slots of its layers, where a policy gives it any, come on top and lie idle.
     """
     steps = _QUICK_STEPS if settings.quick else _STEPS if small.folder == TINY else _ZOO_STEPS
     said = predictor(settings, small, say)
-    at = SHARE * small.experts
-    say(f"{small.name}, batch {batch}: choosing a link")
-    costs, (free, *_) = calibrate(small.folder, batch, [], steps, at)
-    link = bandwidth_for(RATIO, free, costs["on demand"], round(at * free.shape.num_layers))
+    link, running = choose_link(small, batch, steps, say)
     rows = [
         _row(small, batch, small.experts, "all in memory", link, _run(small, batch, small.experts, steps))
     ]
     for cache_size in cache_sizes:
         for name, (policy, predicts) in systems.items():
             say(f"{small.name}, batch {batch}, {cache_size} per layer: {name}")
-            case = Case(policy, batch, cache_size, said if predicts else "none", link)
+            per_layer = cache_size * (running if policy == POOLED else 1.0)
+            case = Case(policy, batch, per_layer, said if predicts else "none", link)
             rows.append(_row(small, batch, cache_size, name, link, run(small.folder, case, steps, part=1)))
     return rows
+
+
+def choose_link(small: Small, batch: int, steps: int, say: Say) -> tuple[int, float]:
+    """Bytes per second, and the share of the layers that a decode step runs."""
+    say(f"{small.name}, batch {batch}: choosing a link")
+    at = SHARE * small.experts
+    costs, (free, *_) = calibrate(small.folder, batch, [], steps, at)
+    link = bandwidth_for(RATIO, free, costs["on demand"], round(at * free.shape.num_layers))
+    return link, free.layers / free.shape.num_layers
 
 
 def _run(small: Small, batch: int, cache_size: int, steps: int) -> Run:

@@ -18,11 +18,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ from expertflow.models.meeting import END, meet
 from expertflow.models.prediction_stats import PredictionStats
 from expertflow.models.rows import MAX_ROWS, Rows, Sources, joined
 from expertflow.models.running_pass import Call, RunningPass, ids_of, mask_of, packs_sequences
-from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.baselines import used_by_any
 from expertflow.predictor.combine import Later, at_once
 from expertflow.predictor.serving import Expected, PassPredictor
 
@@ -78,7 +80,7 @@ class Predicting:
         self.learn_later: Later | None = None  # who learns while the next pass runs; None: it waits
         self._pass: RunningPass | None = None
         self._stats = PredictionStats(name)
-        self._newest_p_LE: Tensor | None = None
+        self._newest_p_LE: np.ndarray | None = None
 
     @property
     def newest_forecast_LE(self) -> list[list[float]] | None:
@@ -112,7 +114,8 @@ class Predicting:
         """The router of `layer` has spoken."""
         running = self._running()
         if running is not None and layer >= self.source_layers and running.routes_L is not None:
-            running.routes_L.append(index_TK.to("cpu", torch.int64, copy=True))
+            # No copy, as in capture.py: nobody writes to what a router has chosen.
+            running.routes_L.append(index_TK.detach().to("cpu", torch.int64))
 
     def look_ahead(self, layer: int, hidden_TD: Tensor) -> None:
         """What enters the experts of `layer`, whose demands are on their way."""
@@ -127,8 +130,9 @@ class Predicting:
                 hidden_ND, routes_NK = hidden_TD.detach().cpu(), running.routes_L[-1]
                 if not running.all_asked:
                     hidden_ND, routes_NK = hidden_ND[running.asked_N], routes_NK[running.asked_N]
-                p_E = predictor.ahead(number, hidden_ND, routes_NK)
-                if p_E is not None:
+                said_E = predictor.ahead(number, hidden_ND, routes_NK)
+                if said_E is not None:
+                    p_E = said_E.numpy()
                     running.p_LE[number + 1, : len(p_E)] = p_E
                     refined_E = p_E[: self._experts_L[number + 1]].tolist()
         self._stats.look_ahead_seconds += self._stats.predict_seconds - before
@@ -251,7 +255,7 @@ class Predicting:
                     )
                     if said is not None:
                         self._stats.foreseen += foreseen is not None
-                        self._newest_p_LE = running.p_LE = said.p_LE.clone()
+                        self._newest_p_LE = running.p_LE = said.p_LE.numpy().copy()
                         forecast = self._forecast(said)
         with self._turns:
             self.cache.begin_pass(forecast)
@@ -314,9 +318,10 @@ class Predicting:
         if min(self._experts_L) < widest:
             nowhere = routes_NLK == torch.tensor(self._experts_L)[:, None]
             routes_NLK = routes_NLK.masked_fill(nowhere, widest)
-        parts = routes_NLK.split([shape.numel() for shape in shapes])
-        routes = [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
-        asked_BSLK = torch.cat([part for part, asked in zip(routes, running.asked, strict=True) if asked])
+        parts = routes_NLK.split([shape.numel() for shape in shapes]) if len(shapes) > 1 else [routes_NLK]
+        routes = [part.view(*shape, *routes_NLK.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
+        of_asked = [part for part, asked in zip(routes, running.asked, strict=True) if asked]
+        asked_BSLK = torch.cat(of_asked) if len(of_asked) > 1 else of_asked[0]
         context = running.whole.context
         if predictor is None:
             predictor = self._predictor = self.make(routes_NLK.shape[-1])
@@ -334,7 +339,7 @@ class Predicting:
         self._rows.end(list(zip(contexts, routes, after, strict=True)), running.asked)
         if running.p_LE is not None:
             asked_NLK = routes_NLK if running.all_asked else routes_NLK[running.asked_N]
-            used_LE = multi_hot(asked_NLK, widest).any(0)
+            used_LE = used_by_any(asked_NLK, widest).numpy()
             guess_LE = running.p_LE >= _PREDICTED
             stats = self._stats
             stats.passes += 1
@@ -391,21 +396,16 @@ class Predicting:
             value_E[:experts] for value_E, experts in zip(value_LE, self._experts_L, strict=True)
         ]
 
-    @contextmanager
-    def _asking(self, hidden: bool = False) -> Iterator[PassPredictor | None]:
-        """Keep the time of a block that may fail, and must not fail the run. Yields the predictor once there is one.
+    def _asking(self, hidden: bool = False) -> _Asking:
+        """Keep the time of a block that may fail, and must not fail the run: with the predictor once there is one.
 
         hidden: in another thread, which leaves the pass under way alone.
-        What is learnt in it may be changed under any mode later, so it is never made in inference mode.
         """
-        if self._stats.failed is not None:
-            yield None
-            return
-        began = time.perf_counter()
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                yield self._predictor
-        except Exception as error:
+        return _Asking(self, hidden)
+
+    def _asked(self, began: float, hidden: bool, error: Exception | None) -> None:
+        """A block that asked is over."""
+        if error is not None:
             cause = f"{type(error).__name__}: {error}"
             self._stats.failed = cause
             self._predictor = None
@@ -418,11 +418,46 @@ class Predicting:
                 self.name,
                 cause,
             )
-        finally:
-            ended = time.perf_counter()
-            if hidden:
-                self._stats.hidden_seconds += ended - began
-            else:
-                self._stats.predict_seconds += ended - began
-            if (timeline := self.cache.timeline) is not None:
-                timeline.add("predict", self.name, began, ended, hidden=hidden)
+        ended = time.perf_counter()
+        if hidden:
+            self._stats.hidden_seconds += ended - began
+        else:
+            self._stats.predict_seconds += ended - began
+        if (timeline := self.cache.timeline) is not None:
+            timeline.add("predict", self.name, began, ended, hidden=hidden)
+
+
+class _Asking(AbstractContextManager["PassPredictor | None"]):
+    """See `Predicting._asking`. Entered at each layer, so no generator, and modes are changed only where need be.
+
+    What is learnt in it may be changed under any mode later, so it is never made in inference mode.
+    """
+
+    def __init__(self, predicting: Predicting, hidden: bool):
+        self._predicting, self._hidden = predicting, hidden
+        self._began: float | None = None  # None: it has failed before
+        self._modes: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> PassPredictor | None:
+        predicting = self._predicting
+        if predicting._stats.failed is not None:
+            return None
+        self._began = time.perf_counter()
+        if torch.is_inference_mode_enabled():
+            self._modes = [torch.inference_mode(False), torch.no_grad()]  # the first allows gradients again
+        elif torch.is_grad_enabled():
+            self._modes = [torch.no_grad()]
+        for mode in self._modes:
+            mode.__enter__()
+        return predicting._predictor
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        for mode in reversed(self._modes):
+            mode.__exit__(None, None, None)
+        if self._began is None:
+            return False
+        caught = error if isinstance(error, Exception) else None
+        self._predicting._asked(self._began, self._hidden, caught)
+        return caught is not None

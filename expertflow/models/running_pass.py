@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class RunningPass:
     whole: Followed  # those that are asked about, as one
     thread: int
     started: float
-    p_LE: Tensor | None = None  # predicted for all their rows, as far as is known
+    p_LE: np.ndarray | None = None  # predicted for all their rows, as far as is known
     routes_L: list[Tensor] | None = None
 
     @cached_property

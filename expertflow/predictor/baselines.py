@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,14 @@ def multi_hot(routes_NLK: Tensor, num_experts: int) -> Tensor:
     """routes_to_mask of any integer dtype; UNKNOWN positions are all False."""
     routes = routes_NLK.long()
     return routes_to_mask(routes.masked_fill(routes == UNKNOWN, num_experts), num_experts)
+
+
+def used_by_any(routes_NLK: Tensor, num_experts: int) -> Tensor:
+    """used_LE (bool): `multi_hot` of any of the N, in two calls of numpy; for each pass, between large products."""
+    layers = routes_NLK.shape[1]
+    used_LE = np.zeros((layers, num_experts + 1), bool)  # the last one is nowhere, and UNKNOWN is -1
+    used_LE[np.arange(layers)[:, None], routes_NLK.numpy()] = True
+    return torch.from_numpy(used_LE[:, :-1])
 
 
 class TLP:

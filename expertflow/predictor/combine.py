@@ -61,6 +61,8 @@ class Mixture:
         self._loss_ML = torch.zeros(sources + 1, layers)
         self._judged = 0.0
         self._speaker_L = [0] * layers
+        self._present_ML1 = present_ML.float().numpy()[..., None]
+        self._seen = self.weight_LCM, self.weight_LCM.numpy()  # the second is a view of the first
 
     def logits(self, p_NMLE: Tensor) -> Tensor:
         """x_NMLE: the logits of what the sources said, a row of ones for the bias; 0 where one is absent."""
@@ -69,6 +71,8 @@ class Mixture:
 
     def mix(self, p_NMLE: Tensor, kind_N: Tensor) -> Tensor:
         """p_NLE of N tokens from M sources."""
+        if len(p_NMLE) == 1:
+            return torch.from_numpy(self._mix_one(p_NMLE.float().numpy()[0], kind_N.tolist()[0]))
         logit = torch.logit(p_NMLE.float(), eps=_CLAMP) * self.present_ML[:, :, None]
         weight_NLM = self.weight_LCM[:, kind_N].transpose(0, 1)
         mixed = torch.einsum("nlm,nmle->nle", weight_NLM[..., :-1], logit) + weight_NLM[..., -1:]
@@ -78,19 +82,40 @@ class Mixture:
                 mixed[:, index] = p_NMLE[:, best - 1, index].float()
         return mixed
 
-    def mix_layer(self, said_NME: Tensor, last_NE: Tensor, kind_N: Tensor, layer: int) -> Tensor:
+    def _mix_one(self, p_MLE: np.ndarray, kind: int) -> np.ndarray:
+        """`mix` of one token, [1, L, E]: in numpy, whose calls cost a fifth of torch's between large products."""
+        weight_ML1 = self._weights()[:, kind].T[..., None]
+        z_LE = (weight_ML1[:-1] * self._present_ML1 * _logit(p_MLE)).sum(0) + weight_ML1[-1]
+        mixed_1LE: np.ndarray = (1 / (1 + np.exp(-z_LE)))[None]
+        for layer, best in enumerate(self._speaker_L):
+            if best:
+                mixed_1LE[0, layer] = p_MLE[best - 1, layer]
+        return mixed_1LE
+
+    def mix_layer(
+        self, said_NME: np.ndarray, last_NE: np.ndarray, kind_N: np.ndarray, layer: int
+    ) -> np.ndarray:
         """p_NE of one layer, as `mix` would have it: in numpy, since it is asked at each layer of each pass.
 
         said_NME: of all sources but the last, which has said last_NE.
         """
         if best := self._speaker_L[layer]:
             return last_NE if best == len(self.present_ML) else said_NME[:, best - 1]
-        p = np.concatenate((said_NME.numpy(), last_NE.numpy()[:, None]), 1)
-        p = np.minimum(np.maximum(p, _CLAMP), 1 - _CLAMP)
-        weight_NM = self.weight_LCM[layer].numpy()[kind_N.numpy()]
-        weight_NM1 = (weight_NM[:, :-1] * self.present_ML[:, layer].numpy())[..., None]
-        z = (weight_NM1 * np.log(p / (1 - p))).sum(1) + weight_NM[:, -1:]
-        return torch.from_numpy(1 / (1 + np.exp(-z)))
+        weight_NM = self._weights()[layer, kind_N]
+        weight_NM1 = weight_NM[:, :-1, None] * self._present_ML1[:, layer]
+        z_NE = (weight_NM1 * _logit(np.concatenate((said_NME, last_NE[:, None]), 1))).sum(1) + weight_NM[
+            :, -1:
+        ]
+        p_NE: np.ndarray = 1 / (1 + np.exp(-z_NE))
+        return p_NE
+
+    def _weights(self) -> np.ndarray:
+        """weight_LCM as numpy sees it."""
+        seen, weight_LCM = self._seen
+        if seen is not self.weight_LCM:  # learnt since
+            seen = self.weight_LCM
+            self._seen = seen, (weight_LCM := seen.numpy())
+        return weight_LCM
 
     def speaker_L(self) -> Tensor:
         """0 where the mixture speaks, else 1 + the source that has lately been better alone."""
@@ -141,6 +166,12 @@ class Mixture:
         self._loss_ML = loss_ML if share == 1 else self._loss_ML + share * (loss_ML - self._loss_ML)
         self._loss_ML[1:][~self.present_ML] = float("inf")
         self._speaker_L = self.speaker_L().tolist()
+
+
+def _logit(p: np.ndarray) -> np.ndarray:
+    p = np.minimum(np.maximum(p, _CLAMP), 1 - _CLAMP)
+    logit: np.ndarray = np.log(p / (1 - p))
+    return logit
 
 
 class Opinions(NamedTuple):
@@ -197,6 +228,7 @@ class Combination:
         self.during = Mixture(torch.cat([present_ML, ahead_1L]), kinds)
         self._p_NMLE: Tensor | None = None
         self._kind_N = torch.zeros(0, dtype=torch.int64)
+        self._adopted: tuple[np.ndarray, np.ndarray] | None = None  # views of both
         self._ahead: dict[int, Tensor] = {}
         self._lots: Lots[_Lesson] = Lots()
         # Of what `consult` reads and `observe_pass` changes. Held for one source at a time: a pass waits for it.
@@ -246,9 +278,10 @@ class Combination:
     def adopt(self, said: Opinions) -> None:
         """The pass that begins is over these positions, real ones only: `observe_pass` will learn from it."""
         self._p_NMLE, self._kind_N, self._ahead = said.p_NMLE, said.kind_N, {}
+        self._adopted = said.p_NMLE.float().numpy(), said.kind_N.numpy()
 
     def observe(self, layer: int, hidden_BD: Tensor | None, routes_BK: Tensor | None) -> Tensor | None:
-        if self.ahead is None or self._p_NMLE is None:
+        if self.ahead is None or self._p_NMLE is None or self._adopted is None:
             return None
         p_NE = self.ahead.observe(layer, hidden_BD, routes_BK)
         if p_NE is None:
@@ -260,7 +293,8 @@ class Combination:
             )
         after = layer + 1
         self._ahead[after] = p_NE
-        return self.during.mix_layer(self._p_NMLE[:, :, after], p_NE, self._kind_N, after)
+        said_NMLE, kind_N = self._adopted
+        return torch.from_numpy(self.during.mix_layer(said_NMLE[:, :, after], p_NE.numpy(), kind_N, after))
 
     def forget(self) -> None:
         """The pass that was predicted last will not be observed."""
@@ -280,10 +314,12 @@ class Combination:
         ahead: dict[int, Tensor],
         kind_N: Tensor,
     ) -> None:
-        real_N = _real(context)
-        rows = int(real_N.sum())
+        routes_NLK = routes_BSLK.flatten(0, 1)
+        if context.new_mask_BS is not None:
+            routes_NLK = routes_NLK[context.new_mask_BS.flatten()]
+        rows = len(routes_NLK)
         if p_NMLE is not None and rows == len(p_NMLE) > 0:
-            lesson = _Lesson(p_NMLE, ahead, kind_N, routes_BSLK.flatten(0, 1)[real_N])
+            lesson = _Lesson(p_NMLE, ahead, kind_N, routes_NLK)
             if lot := self._lots.add(lesson, rows):
                 self._learn_weights(lot)
         for source in self.sources:

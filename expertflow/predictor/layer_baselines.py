@@ -27,21 +27,24 @@ def inclusion_probability(logit_BE: Tensor, top_k: int) -> Tensor:
     chosen does: the union over a batch is only as good as these sums. (A bar midway between the last chosen
     and the first that is not makes them add up to four and more for one expert per token.)
     """
+    return torch.from_numpy(_inclusion(logit_BE.detach().numpy(), top_k))
+
+
+def _inclusion(logit_BE: np.ndarray, top_k: int) -> np.ndarray:
+    """numpy: these are a few hundred numbers at each layer of each pass, and torch takes twice as long to begin."""
     experts = logit_BE.shape[-1]
     if top_k >= experts:
-        return torch.ones_like(logit_BE)
-    # numpy: these are a few hundred numbers at each layer of each pass, and torch takes twice as long to begin.
-    logit = logit_BE.detach().numpy()
+        return np.ones_like(logit_BE)
     with np.errstate(all="ignore"):  # what is no number stays none
-        if logit.size == experts:
-            p_E = _inclusion_of_one(logit.reshape(experts), experts, top_k)
+        if logit_BE.size == experts:
+            p_E = _inclusion_of_one(logit_BE.reshape(experts), experts, top_k)
             if p_E is not None:
-                return torch.from_numpy(p_E.reshape(logit.shape))
-        return torch.from_numpy(_inclusion(logit, experts, top_k))
+                return p_E.reshape(logit_BE.shape)
+        return _inclusion_of_many(logit_BE, experts, top_k)
 
 
 def _inclusion_of_one(logit_E: np.ndarray, experts: int, top_k: int) -> np.ndarray | None:
-    """`_inclusion` of one row, whose sums are numbers: a third of the calls. None where one of them is none.
+    """`_inclusion_of_many` of one row, whose sums are numbers: a third of the calls. None where one of them is none.
 
     Between products that sweep the core's caches a call takes microseconds however little it does.
     """
@@ -61,7 +64,7 @@ def _inclusion_of_one(logit_E: np.ndarray, experts: int, top_k: int) -> np.ndarr
     return p_E
 
 
-def _inclusion(logit: np.ndarray, experts: int, top_k: int) -> np.ndarray:
+def _inclusion_of_many(logit: np.ndarray, experts: int, top_k: int) -> np.ndarray:
     best = -np.partition(-logit, (top_k - 1, top_k), axis=-1)
     bar = (best[..., top_k - 1 : top_k] + best[..., top_k : top_k + 1]) / 2
     # sigmoid(logit - bar) = u / (u + c): one exponential of each logit serves all steps.
@@ -159,7 +162,7 @@ class Sharpness:
         factor = self._factor_L[layer]
         if factor is None:
             factor = self.START / max(float(logit_BE.std(-1).mean()), 1e-6)
-        return inclusion_probability(logit_BE * factor, self.top_k)
+        return torch.from_numpy(_inclusion(logit_BE.detach().numpy() * factor, self.top_k))
 
     def learn(self, layers: list[int], logit_MBE: Tensor, routes_MBK: Tensor) -> None:
         """routes_MBK: what the routers of these M layers chose where logit_MBE had been said of it."""

@@ -12,12 +12,13 @@ Routes are kept as ids, one or two bytes each, so an occurrence costs L * K byte
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import compress
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertflow.predictor.baselines import multi_hot
 from expertflow.predictor.protocol import UNKNOWN, PathContext
 
 # Measured on chat, translation and math (6 layers of 32 experts, top-4; docs/log.md): longer rings and other
@@ -41,6 +42,7 @@ class RouteMemory:
         dtype = torch.uint8 if num_experts < 256 else torch.int16
         # An id of num_experts means "nowhere", so empty places need no other mark.
         self.routes_CRLK = torch.full((capacity, ring, layers, top_k), num_experts, dtype=dtype)
+        self._routes_CRLK = self.routes_CRLK.numpy()  # a view: a few places are written faster through it
         self._seen_C = np.zeros(capacity, dtype=np.int64)
         self._row_of: OrderedDict[int, int] = OrderedDict()
         self.ring, self.capacity, self.num_experts = ring, capacity, num_experts
@@ -52,11 +54,11 @@ class RouteMemory:
     def entry_bytes(ring: int, layers: int, top_k: int, num_experts: int) -> int:
         return ring * layers * top_k * (1 if num_experts < 256 else 2) + 8 + _KEY_BYTES
 
-    def counts(self, key_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the F keys that were seen: where_F they are in key_N, the weighted count_FLE of the experts they
+    def counts(self, keys: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the F keys that were seen: where_F they are in keys, the weighted count_FLE of the experts they
         used, and the weight_F they have in all.
         """
-        rows = np.fromiter((self._row_of.get(key, -1) for key in key_N.tolist()), np.int64, len(key_N))
+        rows = np.fromiter((self._row_of.get(key, -1) for key in keys), np.int64, len(keys))
         layers, top_k = self.routes_CRLK.shape[2:]
         found = np.flatnonzero(rows >= 0)
         if not len(found):  # most pairs and triples of new text
@@ -74,14 +76,14 @@ class RouteMemory:
         )
         return torch.from_numpy(found), count_FLE[..., :-1], weight_FR.sum(1)
 
-    def learn(self, key_N: Tensor, routes_NLK: Tensor) -> None:
+    def learn(self, keys: Sequence[int], routes_NLK: Tensor) -> None:
         """Add one occurrence of each key, in order."""
         if not self.capacity:
             return
         # Written at the end in one go. A place written twice keeps the later one, and a row that changes its
         # key meanwhile forgets what the old key was about to write.
         pending: dict[tuple[int, int], int] = {}
-        for n, key in enumerate(key_N.tolist()):
+        for n, key in enumerate(keys):
             row = self._row_of.get(key)
             if row is None:
                 row = len(self._row_of)
@@ -96,9 +98,8 @@ class RouteMemory:
                 self._row_of.move_to_end(key)
             pending[row, int(self._seen_C[row]) % self.ring] = n
             self._seen_C[row] += 1
-        places = torch.tensor(list(pending))
-        written = routes_NLK[list(pending.values())].to(self.routes_CRLK.dtype)
-        self.routes_CRLK[places[:, 0], places[:, 1]] = written
+        rows, places = zip(*pending, strict=True)
+        self._routes_CRLK[list(rows), list(places)] = routes_NLK.numpy()[list(pending.values())]
 
 
 class OnlineTokenTable:
@@ -138,10 +139,8 @@ class OnlineTokenTable:
         p_BLE = self._lately(context)
         p_NLE = p_BLE.repeat_interleave(new, dim=0)
         support_N = torch.zeros(batch * new, dtype=torch.int64)
-        for order, (memory, key_BS) in enumerate(
-            zip(self.memories, self._keys(context), strict=True), start=1
-        ):
-            where_F, count_FLE, weight_F = memory.counts(key_BS.reshape(-1))
+        for order, (memory, keys) in enumerate(zip(self.memories, self._keys(context), strict=True), start=1):
+            where_F, count_FLE, weight_F = memory.counts(keys)
             if not len(where_F):
                 continue
             p_NLE[where_F] = (count_FLE + PRIOR * p_NLE[where_F]) / (weight_F + PRIOR)[:, None, None]
@@ -150,30 +149,40 @@ class OnlineTokenTable:
 
     def observe_pass(self, context: PathContext, routes_BSLK: Tensor) -> None:
         mask = context.new_mask_BS
-        real_N = torch.ones(context.new_BS.numel(), dtype=torch.bool) if mask is None else mask.reshape(-1)
-        routes_NLK = routes_BSLK.reshape(-1, *routes_BSLK.shape[2:])[real_N]
+        routes_NLK = routes_BSLK.reshape(-1, *routes_BSLK.shape[2:])
+        real_N = None if mask is None else mask.reshape(-1)
+        if real_N is not None:
+            routes_NLK = routes_NLK[real_N]
         if not len(routes_NLK):
             return
-        for memory, key_BS in zip(self.memories, self._keys(context), strict=True):
-            memory.learn(key_BS.reshape(-1)[real_N], routes_NLK)
+        for memory, keys in zip(self.memories, self._keys(context), strict=True):
+            memory.learn(keys if real_N is None else list(compress(keys, real_N.tolist())), routes_NLK)
         decay = POPULARITY_DECAY ** len(routes_NLK)
-        self._used_LE.mul_(decay).add_(multi_hot(routes_NLK, self.num_experts).sum(0))
+        self._used_LE.mul_(decay).add_(torch.from_numpy(self._uses_LE(routes_NLK.numpy())))
         self._tokens = self._tokens * decay + len(routes_NLK)
 
-    def _keys(self, context: PathContext) -> list[Tensor]:
-        """key_BS of the token, the pair and the triple that end at each new position."""
+    def _uses_LE(self, routes_NLK: np.ndarray) -> np.ndarray:
+        """How many of the tokens went to each expert."""
+        layers, width = routes_NLK.shape[1], self.num_experts + 1  # the last one is nowhere
+        somewhere_NLK = np.where(routes_NLK == UNKNOWN, self.num_experts, routes_NLK)
+        place_NLK = somewhere_NLK + width * np.arange(layers)[:, None]
+        counts: np.ndarray = np.bincount(place_NLK.ravel(), minlength=layers * width)
+        return counts.reshape(layers, width)[:, :-1]
+
+    def _keys(self, context: PathContext) -> list[list[int]]:
+        """Of the token, the pair and the triple that end at each new position: its key, sequence by sequence."""
         new, before = context.num_new, len(RINGS) - 1
         seen = new + before  # positions that a key of these reads
-        ids_BT = context.target_BT[:, -seen:].long()
+        ids_BT = context.target_BT[:, -seen:].numpy().astype(np.int64)
         if context.target_mask_BT is not None:
-            ids_BT = ids_BT.masked_fill(~context.target_mask_BT[:, -seen:], _NO_TOKEN)
+            ids_BT[~context.target_mask_BT[:, -seen:].numpy()] = _NO_TOKEN
         if missing := seen - ids_BT.shape[1]:
-            ids_BT = torch.nn.functional.pad(ids_BT, (missing, 0), value=_NO_TOKEN)
+            ids_BT = np.pad(ids_BT, ((0, 0), (missing, 0)), constant_values=_NO_TOKEN)
         key_BS, keys = ids_BT[:, before:], []
         for order in range(len(RINGS)):
             if order:
                 key_BS = key_BS | ids_BT[:, before - order : seen - order] << (_BITS * order)
-            keys.append(key_BS)
+            keys.append(key_BS.ravel().tolist())
         return keys
 
     def _lately(self, context: PathContext) -> Tensor:

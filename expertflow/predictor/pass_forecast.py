@@ -7,6 +7,8 @@ nonsense loses its say to the frequencies, and one that is over-confident is set
 
 Without a head nothing is said of later passes: regressions on frequencies alone knew less than their plain mean, by
 which the cache goes then (docs/log.md).
+
+In numpy: between products that sweep the caches its calls cost a fifth of torch's, and there is little in each.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +38,8 @@ _CLAMP = 1e-3
 # What a use is worth for each pass that it comes later: a cache forgets within a few. The mean until the next use
 # would be ruled by those hardly ever used (docs/log.md).
 _DISCOUNT = 0.7
-_PASSES_C111 = torch.tensor([1.0, *HORIZONS])[:, None, None, None]
+_PASSES_C111 = np.array([1.0, *HORIZONS], np.float32)[:, None, None, None]
+_KEEP_S = np.array(_KEEP, np.float32)
 _LOG_NONE = (math.log(1e-6), math.log1p(-1e-6))
 
 
@@ -57,8 +61,8 @@ class _Lesson(NamedTuple):
     """What came of guesses."""
 
     which: tuple[int, ...]  # regression, by C
-    x_CLEF: Tensor
-    came_CLE: Tensor
+    x_CLEF: np.ndarray
+    came_CLE: np.ndarray
 
 
 class PassForecast:
@@ -67,13 +71,13 @@ class PassForecast:
     def __init__(self, layers: int, num_experts: int, top_k: int, has_prediction: bool, has_head: bool):
         """has_prediction, has_head: whether `forecast` will be given p_LE, later_CLE."""
         base = top_k / num_experts
-        self._used_SLE = torch.full((len(_KEEP), layers, num_experts), base * _START_PASSES)
-        self._passes_S = torch.full((len(_KEEP),), _START_PASSES)
+        self._used_SLE = np.full((len(_KEEP), layers, num_experts), base * _START_PASSES, np.float32)
+        self._passes_S = np.full(len(_KEEP), _START_PASSES, np.float32)
         self.has_prediction, self.has_head = has_prediction, has_head
         self.horizons = HORIZONS if has_head else ()
         num_rates = len(_KEEP)
         features = num_rates + 4  # frequencies against their mean, the prediction, the head, that mean, one
-        start_CF = torch.zeros(1 + len(self.horizons), features)
+        start_CF = np.zeros((1 + len(self.horizons), features), np.float32)
         start_CF[:, :num_rates], start_CF[:, -2] = 1 / num_rates, 1.0
         if has_prediction:
             start_CF[0, :num_rates], start_CF[0, -2], start_CF[0, num_rates] = 0.0, 0.0, 1.0
@@ -84,12 +88,12 @@ class PassForecast:
                 0.5,
             )
         self.weight_CF = start_CF
-        self._prior = torch.eye(features) * _PRIOR
-        self._curvature_CFF = self._prior.repeat(1 + len(self.horizons), 1, 1)
+        self._prior = np.eye(features, dtype=np.float32) * _PRIOR
+        self._curvature_CFF = np.repeat(self._prior[None], 1 + len(self.horizons), 0)
         self._lots: Lots[_Lesson] = Lots(_LOT_PASSES, every=1)
         longest = max(self.horizons, default=0)
-        self._waiting: deque[Tensor] = deque(maxlen=1 + longest)  # x_CLEF of the last passes
-        self._used: deque[Tensor] = deque(maxlen=1 + longest)
+        self._waiting: deque[np.ndarray] = deque(maxlen=1 + longest)  # x_CLEF of the last passes
+        self._used: deque[np.ndarray] = deque(maxlen=1 + longest)
 
     def forecast(self, p_LE: Tensor | None, later_CLE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(p_LE of this pass, later_LE: passes after it until the next use, discounted: see `worth_as_passes`; None
@@ -100,73 +104,93 @@ class PassForecast:
         """
         x_CLEF = self._features(p_LE, later_CLE)
         self._waiting.append(x_CLEF)
-        said_CLE = torch.sigmoid(torch.einsum("cf,clef->cle", self.weight_CF, x_CLEF))
+        said_CLE = torch.from_numpy(_sigmoid((x_CLEF @ self.weight_CF[:, None, :, None])[..., 0]))
         return said_CLE[0], worth_as_passes(1 - said_CLE[1:]) if self.has_head else None
 
     def peek(self, p_LE: Tensor) -> Tensor:
         """p_LE that a pass to come needs each expert, as `forecast` would say now; nothing is noted of it."""
-        return torch.sigmoid(self._features(p_LE, None)[0] @ self.weight_CF[0])
+        return torch.from_numpy(_sigmoid(self._features(p_LE, None)[0] @ self.weight_CF[0]))
 
     def observe(self, used_LE: Tensor) -> None:
         """The pass is over; used_LE (bool) says what it used. Learns from every guess that this decides."""
-        self._used.append(used_LE)
+        self._used.append(used_LE.numpy())
         decided = [(0, 0)] + [(c, horizon) for c, horizon in enumerate(self.horizons, 1)]
         x, truth, which = [], [], []
         for c, horizon in decided:
             if len(self._waiting) > horizon:
                 # Guessed `horizon` passes ago, of the passes after that one; or just now, of this one.
                 x.append(self._waiting[-1 - horizon][c])
-                truth.append(torch.stack(list(self._used)[-max(1, horizon) :]).any(0))
+                truth.append(np.logical_or.reduce(list(self._used)[-max(1, horizon) :]))
                 which.append(c)
         if x:
-            lesson = _Lesson(tuple(which), torch.stack(x), torch.stack(truth).float())
+            lesson = _Lesson(tuple(which), np.stack(x), np.stack(truth).astype(np.float32))
             for lot in _alike(self._lots.add(lesson, 1)):
                 self._learn(lot)
-        for number, keep in enumerate(_KEEP):
-            self._used_SLE[number] = self._used_SLE[number] * keep + used_LE
-            self._passes_S[number] = self._passes_S[number] * keep + 1
+        self._used_SLE = self._used_SLE * _KEEP_S[:, None, None] + self._used[-1]
+        self._passes_S = self._passes_S * _KEEP_S + 1
 
     def end_of_text(self) -> None:
         """The next pass belongs to other sequences: what is waiting will not be decided by it."""
         self._waiting.clear()
         self._used.clear()
 
-    def _features(self, p_LE: Tensor | None, later_CLE: Tensor | None) -> Tensor:
-        rate_SLE = (self._used_SLE / self._passes_S[:, None, None]).clamp(_CLAMP, 1 - _CLAMP)
+    def _features(self, p_LE: Tensor | None, later_CLE: Tensor | None) -> np.ndarray:
+        rate_SLE = _within(self._used_SLE / self._passes_S[:, None, None])
         num_rates, layers, experts = rate_SLE.shape
-        x_CLEF = torch.empty(1 + len(self.horizons), layers, experts, num_rates + 4)
+        x_CLEF = np.empty((1 + len(self.horizons), layers, experts, num_rates + 4), np.float32)
         # The logit of any use within the horizon, from the logarithm of none.
-        none_CSLE = torch.log1p(-rate_SLE) * _PASSES_C111[: len(x_CLEF)]
-        none_CSLE.clamp_(*_LOG_NONE)
-        rates_CLES = ((-torch.expm1(none_CSLE)).log_() - none_CSLE).permute(0, 2, 3, 1)
+        none_CSLE = np.log1p(-rate_SLE) * _PASSES_C111[: len(x_CLEF)]
+        none_CSLE = np.minimum(np.maximum(none_CSLE, _LOG_NONE[0]), _LOG_NONE[1])
+        rates_CLES = (np.log(-np.expm1(none_CSLE)) - none_CSLE).transpose(0, 2, 3, 1)
         # Against the mean: else, while all are used alike, they are what the constant is, and take wild weights.
-        mean_C11S = rates_CLES.mean((1, 2), keepdim=True)
+        mean_C11S = rates_CLES.mean((1, 2), keepdims=True)
         x_CLEF[..., :num_rates] = rates_CLES - mean_C11S
         x_CLEF[..., num_rates:-2] = 0
         x_CLEF[..., -2] = mean_C11S.mean(-1)
         if p_LE is not None:
-            x_CLEF[..., num_rates] = torch.logit(p_LE, eps=_CLAMP)
+            x_CLEF[..., num_rates] = _logit(p_LE.numpy())
         if later_CLE is not None:
-            x_CLEF[1:, ..., num_rates + 1] = -torch.logit(later_CLE, eps=_CLAMP)
+            x_CLEF[1:, ..., num_rates + 1] = -_logit(later_CLE.numpy())
         x_CLEF[..., -1] = 1
         return x_CLEF
 
     def _learn(self, lot: Sequence[_Lesson]) -> None:
         """One online Newton step of each regression that these passes, alike in that, have decided."""
-        which_C = torch.tensor(lot[0].which)
-        x_CNF = torch.cat([lesson.x_CLEF for lesson in lot], dim=1).flatten(1, 2)
-        came_CN = torch.cat([lesson.came_CLE for lesson in lot], dim=1).flatten(1)
+        which_C = list(lot[0].which)
+        features = self.weight_CF.shape[1]
+        x_CNF = np.concatenate([lesson.x_CLEF for lesson in lot], 1).reshape(len(which_C), -1, features)
+        came_CN = np.concatenate([lesson.came_CLE for lesson in lot], 1).reshape(len(which_C), -1)
         weight_CF, curvature_CFF = self.weight_CF[which_C], self._curvature_CFF[which_C]
-        p_CN = torch.sigmoid(torch.einsum("cf,cnf->cn", weight_CF, x_CNF))
-        curvature_CFF = (curvature_CFF - self._prior) * _FORGET ** len(lot) + self._prior
+        p_CN = _sigmoid((x_CNF @ weight_CF[..., None])[..., 0])
+        curvature_CFF = (curvature_CFF - self._prior) * np.float32(_FORGET ** len(lot)) + self._prior
         scaled_CNF = x_CNF * (p_CN * (1 - p_CN))[..., None]
-        curvature_CFF = curvature_CFF + scaled_CNF.transpose(1, 2) @ x_CNF
-        gradient_CF = torch.einsum("cn,cnf->cf", p_CN - came_CN, x_CNF)
-        step_CF = torch.linalg.solve(curvature_CFF, gradient_CF)
+        curvature_CFF = curvature_CFF + scaled_CNF.transpose(0, 2, 1) @ x_CNF
+        gradient_CF = ((p_CN - came_CN)[:, None] @ x_CNF)[:, 0]
+        step_CF = np.linalg.solve(curvature_CFF, gradient_CF[..., None])[..., 0]
         # Shortened as a whole, since each weight by itself would be another direction.
-        longest_C1 = step_CF.abs().amax(1, keepdim=True).clamp(min=_LONGEST_STEP)
+        longest_C1 = np.maximum(np.abs(step_CF).max(1, keepdims=True), _LONGEST_STEP)
         self._curvature_CFF[which_C] = curvature_CFF
-        self.weight_CF[which_C] = weight_CF - step_CF * (_LONGEST_STEP / longest_C1)
+        weight_CF_all = (
+            self.weight_CF.copy()
+        )  # another thread may be reading: it sees the old ones or the new
+        weight_CF_all[which_C] = weight_CF - step_CF * (_LONGEST_STEP / longest_C1)
+        self.weight_CF = weight_CF_all
+
+
+def _within(p: np.ndarray) -> np.ndarray:
+    clamped: np.ndarray = np.minimum(np.maximum(p, _CLAMP), 1 - _CLAMP)
+    return clamped
+
+
+def _logit(p: np.ndarray) -> np.ndarray:
+    p = _within(p)
+    logit: np.ndarray = np.log(p / (1 - p))
+    return logit
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    p: np.ndarray = 1 / (1 + np.exp(-np.maximum(z, -80)))
+    return p
 
 
 def _alike(lessons: Sequence[_Lesson]) -> Iterator[list[_Lesson]]:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.baselines import used_by_any
 from expertflow.predictor.combine import Combination, Later, Opinions, at_once
 from expertflow.predictor.decoder import PathState
 from expertflow.predictor.model import RoutingPathPredictor, prompts_of
@@ -173,7 +173,8 @@ class ServingPredictor:
             foreseen = self._foresee(context, origin_B, _PASSES, drafted_B1LE)
             if foreseen is None:
                 return None
-            foreseen = foreseen.select(_real_rows(context))
+            if context.new_mask_BS is not None:
+                foreseen = foreseen.select(_real_rows(context))
         else:
             self._states.pop(_PASSES, None)  # it has not seen this pass
         self.combination.adopt(foreseen.said)
@@ -223,8 +224,10 @@ class ServingPredictor:
     def end(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:
         self.combination.observe_pass(context, routes_BSLK, later)
         if self._forecast_made:
-            routes_RLK = routes_BSLK[_real_rows(context), 0]
-            self.expected.observe(multi_hot(routes_RLK, self.num_experts).any(0))
+            routes_BLK = routes_BSLK[:, 0]
+            if context.new_mask_BS is not None:
+                routes_BLK = routes_BLK[_real_rows(context)]
+            self.expected.observe(used_by_any(routes_BLK, self.num_experts))
             self._forecast_made = False
 
     def learn(self, context: PathContext, routes_BSLK: Tensor, later: Later = at_once) -> None:

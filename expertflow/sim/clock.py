@@ -8,8 +8,9 @@ are dropped. Nothing is decided here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 
 from expertflow.cache.plan import Action, CachePlan, Cancel, Load, Promote
@@ -26,12 +27,19 @@ class Pass:
 
     ahead_L: what look-ahead said of each layer while the one before it ran, None where nothing; empty: nothing at all.
     next_LE: what was expected of the pass after this one when this one began; None: nothing.
+    first_layer: those before it do not run, as an encoder's while its decoder decodes.
     """
 
     experts_L: Sequence[Sequence[int]]
     forecast: Forecast | None
     ahead_L: Sequence[Sequence[float] | None] = ()
     next_LE: Sequence[Sequence[float]] | None = None
+    first_layer: int = 0
+
+    @property
+    def visits(self) -> Iterator[tuple[int, Sequence[int]]]:
+        """The layers that run, and their experts."""
+        return islice(enumerate(self.experts_L), self.first_layer, None)
 
 
 @dataclass
@@ -149,7 +157,7 @@ class Simulation:
     def run(self, passes: Sequence[Pass], settle: int = 0) -> Outcome:
         """What came of the passes after the first `settle`, which run but do not count."""
         if isinstance(self.policy, Belady):
-            self.policy.foresee([visit for step in passes for visit in enumerate(step.experts_L)])
+            self.policy.foresee([visit for step in passes for visit in step.visits])
         for number, step in enumerate(passes):
             if number == settle:
                 self.outcome = Outcome()
@@ -170,7 +178,7 @@ class Simulation:
         if step.next_LE is not None:
             self._record("expect_next", step.next_LE)
             self._execute(self.plan.expect_next(step.next_LE))
-        for layer, experts in enumerate(step.experts_L):
+        for layer, experts in step.visits:
             self._compute(self.costs.dense_s)
             after = layer + 1
             ahead_E = step.ahead_L[after] if after < len(step.ahead_L) else None

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertflow.predictor import replay
-from expertflow.predictor.baselines import SLP, TLP, Oracle, Popularity, TokenTable, multi_hot
+from expertflow.predictor.baselines import SLP, TLP, Oracle, Popularity, TokenTable, multi_hot, used_by_any
 from expertflow.predictor.layer_baselines import GateLookAhead, PreGate, Sharpness, inclusion_probability
 from expertflow.predictor.online_table import AGEING, PRIOR, OnlineTokenTable, RouteMemory
 from expertflow.predictor.protocol import (
@@ -133,14 +133,14 @@ def test_a_memory_is_the_last_routes_of_the_last_keys(accesses, data):
     while left:
         size = data.draw(st.integers(1, len(left)))
         now, left = left[:size], left[size:]
-        keys, routes = torch.tensor([k for k, _ in now]), torch.tensor([[[r]] for _, r in now])
+        keys, routes = [k for k, _ in now], torch.tensor([[[r]] for _, r in now])
         memory.learn(keys, routes)
         for key, route in now:
             history = kept.pop(key, [])
             if not history and len(kept) == capacity:
                 kept.pop(next(iter(kept)))
             kept[key] = [*history, route][-ring:]
-    where, count, weight = memory.counts(torch.arange(6))
+    where, count, weight = memory.counts(range(6))
     assert where.tolist() == sorted(kept)
     for row, key in enumerate(where.tolist()):
         expected = torch.zeros(EXPERTS)
@@ -365,3 +365,9 @@ def test_the_pre_gate_learns_the_next_layers_routes():
         gate.fit(hidden[:0], routes[:0])
     with pytest.raises(ValueError, match="not a number"):
         gate.fit(hidden * float("nan"), routes, steps=2)
+
+
+def test_what_any_token_used_is_what_all_used_together() -> None:
+    draw = torch.Generator().manual_seed(0)
+    routes_NLK = torch.randint(-1, EXPERTS + 1, (5, LAYERS, TOP_K), generator=draw)  # UNKNOWN and nowhere too
+    assert torch.equal(used_by_any(routes_NLK, EXPERTS), multi_hot(routes_NLK, EXPERTS).any(0))

@@ -272,8 +272,22 @@ def test_one_layer_is_mixed_as_all_of_them_are(speaker: int) -> None:
     p_NMLE[0, :, :, 0], p_NMLE[0, :, :, 1] = 0.0, 1.0
     whole_NLE = mixture.mix(p_NMLE, kind_N)
     for layer in range(3):
-        p_NE = mixture.mix_layer(p_NMLE[:, :-1, layer], p_NMLE[:, -1, layer], kind_N, layer)
-        torch.testing.assert_close(p_NE, whole_NLE[:, layer])
+        p_NME = p_NMLE[:, :, layer].numpy()
+        p_NE = mixture.mix_layer(p_NME[:, :-1], p_NME[:, -1], kind_N.numpy(), layer)
+        torch.testing.assert_close(torch.from_numpy(p_NE), whole_NLE[:, layer])
+    for row in range(5):
+        alone_1LE = mixture.mix(p_NMLE[row : row + 1], kind_N[row : row + 1])
+        torch.testing.assert_close(alone_1LE, whole_NLE[row : row + 1])
+
+
+def test_one_row_is_mixed_with_what_was_learnt_last() -> None:
+    """The mixture keeps a view of its weights, which learning replaces."""
+    mixture = Mixture(everywhere(2))
+    for logits, truth in stream(3):
+        said = torch.stack([torch.sigmoid(logits), torch.sigmoid(-logits)], dim=1)
+        alone = torch.cat([mixture.mix(said[row : row + 1], ONE[:1]) for row in range(4)])
+        torch.testing.assert_close(alone, mixture.mix(said[:4], ONE[:4]))
+        mixture.learn(said, truth, ONE)
 
 
 def test_weights_are_learnt_from_every_lot_until_they_settle_and_then_from_one_in_a_few() -> None:
