@@ -28,7 +28,7 @@ bench: $(STAMP)
 
 # Every table and figure of the paper beside ours, and docs/results.md; resumable, hours on two cores.
 paper: $(STAMP)
-	$(BIN)/python -m benchmarks.paper --page docs/results.md
+	$(BIN)/python -m benchmarks.paper --page docs/results.md $(PAPER)
 
 # Small models with real routing, one per architecture of the paper's Table 1; resumable, about 40 minutes each.
 ZOO := qwen1.5-moe switch-32 mixtral-8 deepseek-moe switch-64 switch-128

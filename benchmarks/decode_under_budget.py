@@ -113,8 +113,9 @@ def main() -> None:
                 run(worker, batch, budget, "random")
         if "llama.cpp" in systems and batch == 1:
             console.print("running llama.cpp, batch 1, random ...")
-            gguf = llama_cpp.convert(options.llama_cpp, folder)
-            result = llama_cpp.decode(options.llama_cpp, gguf, budget, tokens, options.threads)
+            result = llama_cpp.converted_and_decoded(
+                options.llama_cpp, folder, budget, tokens, options.threads
+            )
             console.print(f"  {json.dumps(result)}", soft_wrap=True)
             runs.append({"worker": "llama.cpp", "batch": 1, "text": "random", **result})
         if "accelerate" in systems:

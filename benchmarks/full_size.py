@@ -150,8 +150,9 @@ def run_system(
     if system == rivals.LLAMA_CPP:
         if batch > 1:
             return {"not_run": "llama-bench decodes one sequence"}
-        gguf = llama_cpp.convert(options.llama_cpp, folder)
-        return llama_cpp.decode(options.llama_cpp, gguf, memory, options.tokens, options.threads)
+        return llama_cpp.converted_and_decoded(
+            options.llama_cpp, folder, memory, options.tokens, options.threads
+        )
     arguments = ["--worker", system, "--models", name, "--folder", str(folder), "--batch", str(batch)]
     arguments += ["--tokens", str(options.tokens), "--threads", str(options.threads), "--task", options.task]
     arguments += ["--memory", str(memory)]

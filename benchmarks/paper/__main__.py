@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from benchmarks.paper import results
 from benchmarks.paper.item import MODES, Item, Result, Settings
 from benchmarks.paper.items import ITEMS
 from benchmarks.paper.page import page
+from benchmarks.paper.workers import usable_cores
 
 _INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 
@@ -56,8 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a source tree of it with a build, for full-size",
     )
     parser.add_argument("--threads", type=int, default=1, help="of arithmetic; the loader has one of its own")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=usable_cores(),
+        metavar="N",
+        help="so many processes for what is counted or simulated, 1 to 2 GB each; what is measured runs alone "
+        "[the cores there are: %(default)s]",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
     try:
         chosen = choose(ITEMS, options.only, options.mode)
         settings = Settings(
@@ -72,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()  # of models that are loaded a hundred times
     try:
-        failed = [] if options.page_only else run_all(chosen, settings)
+        failed = [] if options.page_only else run_all(chosen, settings, options.jobs)
     except KeyboardInterrupt:
         console.print(f"stopped; what is finished lies in {settings.results}, and the same command goes on")
         return _INTERRUPTED
@@ -101,7 +113,7 @@ def choose(items: Sequence[Item], only: str | None, mode: str | None) -> list[It
     return chosen
 
 
-def run_all(chosen: Sequence[Item], settings: Settings) -> list[str]:
+def run_all(chosen: Sequence[Item], settings: Settings, jobs: int = 1) -> list[str]:
     """Run items one after the other; what fails is said and does not stop the others."""
     failed: list[str] = []
     columns = (
@@ -121,13 +133,13 @@ def run_all(chosen: Sequence[Item], settings: Settings) -> list[str]:
                 bar.console.print(f"{title}: {text}", highlight=False, soft_wrap=True)
 
             try:
-                found = results.run(item, settings, say, advance)
+                found = results.run(item, settings, say, advance, jobs)
                 if found.skipped:
                     say(f"skipped: {found.skipped}")
                 else:
                     draw(item, found, settings)
                     say(f"{len(found.parts)} of {len(found.parts)} parts")
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, BrokenProcessPool) as error:
                 failed.append(title)
                 say(f"failed: {error}")
             bar.advance(whole)

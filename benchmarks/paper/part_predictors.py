@@ -23,8 +23,6 @@ from expertflow.predictor.online_table import OnlineTokenTable
 from expertflow.predictor.protocol import PathPredictor
 from expertflow.predictor.recordings import load_predictors
 from expertflow.predictor.replay import Group, Said, SaidAhead
-from expertflow.predictor.storage import DESCRIPTION
-from expertflow.predictor.train import train_predictor
 from expertflow.sim.workload import Foretold, decoded, foretell, shape_of
 
 NONE, TABLE, PAPER, OURS = "none", "online table", "RPP, the paper's", "RPP, ours"
@@ -69,10 +67,8 @@ def _papers(settings: Settings, model: str, task: str, say: Say) -> RoutingPathP
     """The paper's architecture, trained on what ours is trained on."""
     read = recordings.recording(settings, model, task)
     folder = settings.out / "predictors" / f"{model}-{task}-paper"
-    if not (folder / DESCRIPTION).exists():
-        say(f"training {folder.name} on {len(read.train)} sequences")
-        training = replace(recordings.TRAINING, minutes=PAPER_MINUTES, seed=settings.seed)
-        train_predictor([read.folder], folder, {"arch": "paper"}, training, say=say)
+    training = replace(recordings.TRAINING, minutes=PAPER_MINUTES, seed=settings.seed)
+    recordings.train_once(read, folder, {"arch": "paper"}, training, say)
     (predictor,) = load_predictors([folder], read.trace.meta, [read.folder]).values()
     return predictor
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from benchmarks.paper.item import Say, Settings
 from expertflow.predictor.model import RoutingPathPredictor
@@ -61,7 +64,9 @@ def recording(settings: Settings, model: str, task: str) -> Recording:
         )
     folder = settings.out / "recordings" / model / task
     if not folder.exists():
-        _share_out(source, folder, settings.seed)
+        with _alone(folder):
+            if not folder.exists():
+                _share_out(source, folder, settings.seed)
     return Recording(model, task, folder, read_trace(folder, weights=False))
 
 
@@ -82,6 +87,26 @@ def _share_out(source: Path, folder: Path, seed: int) -> None:
     partial.rename(folder)
 
 
+def train_once(
+    read: Recording, folder: Path, sizes: dict[str, Any], training: TrainSettings, say: Say
+) -> None:
+    """A predictor in folder, where there is none yet and no other process is making it."""
+    if (folder / DESCRIPTION).exists():
+        return
+    with _alone(folder):
+        if not (folder / DESCRIPTION).exists():
+            say(f"training {folder.name} on {len(read.train)} sequences")
+            train_predictor([read.folder], folder, sizes, training, say=say)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time makes a folder; who waits finds it made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        yield
+
+
 def predictor_folder(settings: Settings, model: str, task: str) -> Path:
     return (settings.predictors or settings.out / "predictors") / f"{model}-{task}"
 
@@ -99,8 +124,7 @@ def trained(settings: Settings, model: str, task: str, say: Say) -> RoutingPathP
                 f"--predictors {settings.predictors} has no {folder.name}; train it with `expertflow "
                 f"train-predictor {read.folder} -o {folder}`, or leave --predictors out"
             )
-        say(f"training {folder.name} on {len(read.train)} sequences")
-        train_predictor([read.folder], folder, {}, replace(TRAINING, seed=settings.seed), say=say)
+        train_once(read, folder, {}, replace(TRAINING, seed=settings.seed), say)
     (predictor,) = load_predictors([folder], read.trace.meta, [read.folder]).values()
     return predictor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -11,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import commit, machine
-from benchmarks.paper.item import Item, Part, Result, Say, Settings, Skipped
+from benchmarks.paper.item import Item, Result, Say, Settings, Skipped
+from benchmarks.paper.workers import made_together
 
 FORMAT = "expertflow-paper-1"
 
 
 def run(
-    item: Item, settings: Settings, say: Say, advance: Callable[[int, int], None] = lambda done, of: None
+    item: Item,
+    settings: Settings,
+    say: Say,
+    advance: Callable[[int, int], None] = lambda done, of: None,
+    jobs: int = 1,
 ) -> Result:
     """Make what is missing of an item, and keep each part as soon as it is there.
 
     Parts that were kept under the same conditions are not made again. Raises what a part raises, with all parts
-    before it kept.
+    before it kept. jobs: so many parts at once, each in a process of its own, of an item of ITEMS that has nothing to
+    do with the clock.
     """
     path = settings.results / item.file_name
     # Through JSON, as what was kept has been.
@@ -44,12 +49,16 @@ def run(
     keys = [part.key for part in parts]
     assert len(keys) == len(set(keys)), f"{item.name}: two parts have one key"
     result = replace(result, parts={key: result.parts[key] for key in keys if key in result.parts})
-    for number, part in enumerate(parts):
-        advance(number, len(parts))
-        if part.key not in result.parts:
-            result = replace(result, parts={**result.parts, part.key: _made(part, say)})
-            save(replace(result, provenance=_provenance(settings)), path)
-    advance(len(parts), len(parts))
+    missing = [part for part in parts if part.key not in result.parts]
+    if jobs > 1 and len(missing) > 1 and item.mode != "measured":
+        made = made_together(item, settings, missing, say, jobs)
+    else:
+        made = ((part.key, part.made(say)) for part in missing)
+    advance(len(result.parts), len(parts))
+    for key, found in made:
+        result = replace(result, parts={**result.parts, key: found})
+        save(replace(result, provenance=_provenance(settings)), path)
+        advance(len(result.parts), len(parts))
     # In the order of the item, whatever order they were made in.
     result = replace(
         result,
@@ -59,12 +68,6 @@ def run(
     )
     save(result, path)
     return result
-
-
-def _made(part: Part, say: Say) -> dict[str, Any]:
-    began = time.monotonic()
-    rows = part.run(say)
-    return {"rows": rows, "seconds": round(time.monotonic() - began, 1)}
 
 
 def _provenance(settings: Settings) -> dict[str, Any]:

@@ -49,13 +49,27 @@ def find_bench(tree: Path) -> Path:
 
 
 def convert(tree: Path, folder: Path) -> Path:
-    """The checkpoint as GGUF beside it, written once."""
+    """The checkpoint as GGUF beside it, written once; of one that failed nothing is left. RuntimeError says why."""
     out = folder.with_suffix(".gguf")
     if not out.exists():
         partial = out.with_suffix(".part")
         code = _CONVERT.format(tree=str(tree.resolve()), folder=str(folder), out=str(partial))
-        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-        partial.rename(out)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+            if done.returncode != 0:
+                tail = " | ".join(done.stderr.strip().splitlines()[-3:])
+                raise RuntimeError(
+                    f"the converter of llama.cpp failed with exit status {done.returncode}: {tail}"
+                )
+            partial.rename(out)
+        finally:
+            partial.unlink(missing_ok=True)
     return out
 
 
@@ -69,6 +83,17 @@ def command(tree: Path, gguf: Path, steps: int, threads: int, mmap: bool = True)
     else:
         load = ["--mmap", str(int(mmap))]
     return [bench, "-m", str(gguf), *decode_only, "-t", str(threads), *load, "-o", "json"]
+
+
+def converted_and_decoded(
+    tree: Path, folder: Path, memory: int | None, steps: int, threads: int
+) -> dict[str, Any]:
+    """What `decode` says of the checkpoint, or why it could not be converted, as `error`."""
+    try:
+        gguf = convert(tree, folder)
+    except (RuntimeError, OSError) as error:
+        return {"error": str(error)}
+    return decode(tree, gguf, memory, steps, threads)
 
 
 def decode(

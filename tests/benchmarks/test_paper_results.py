@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from benchmarks.paper import __main__ as program
-from benchmarks.paper import results
+from benchmarks.paper import results, workers
 from benchmarks.paper.item import Item, Part, Result, Section, Settings, Skipped, Table, Target
 from benchmarks.paper.items import ITEMS
 from benchmarks.paper.page import page, verdict
@@ -235,3 +237,33 @@ def test_a_page_keeps_what_an_earlier_run_put_on_it(tmp_path: Path) -> None:
     quick = Settings(out=tmp_path / "2", quick=True)
     program.write_page([one, other], quick, path)
     assert path.read_text().count("not made") == 2, "a quick page has nothing of a whole run"
+
+
+def test_parts_made_in_several_processes_are_those_made_in_one(tmp_path: Path) -> None:
+    (fig8,) = (item for item in ITEMS if item.name == "fig8")
+    alone = results.run(fig8, Settings(out=tmp_path / "alone", quick=True), print)
+    steps: list[tuple[int, int]] = []
+    settings = Settings(out=tmp_path / "together", quick=True)
+    together = results.run(fig8, settings, print, lambda done, of: steps.append((done, of)), jobs=2)
+    assert together.rows == alone.rows
+    assert list(together.parts) == list(alone.parts), "in the order of the item"
+    assert len(alone.parts) > 1
+    assert steps == [(done, len(alone.parts)) for done in range(len(alone.parts) + 1)]
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_part_raises_in_another_process_ends_the_others(tmp_path: Path) -> None:
+    (fig6,) = (item for item in ITEMS if (item.name, item.mode) == ("fig6", "simulated"))
+    settings = Settings(out=tmp_path, predictors=tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"--predictors .* has no"):
+        results.run(fig6, settings, print, jobs=2)
+    assert not multiprocessing.active_children()
+
+
+def test_what_workers_say_is_said() -> None:
+    queue: SimpleQueue = SimpleQueue()
+    for text in ("one", "two", None, "three"):
+        queue.put(text)
+    said: list[str] = []
+    workers._speak(queue, said.append)
+    assert said == ["one", "two"]

@@ -56,6 +56,21 @@ def test_llama_cpp_is_told_to_decode_alone(
     assert llama_cpp.command(tree, tmp_path, 1, 1, mmap=False)[-3] == read
 
 
+def test_a_checkpoint_that_cannot_be_converted_is_an_error_of_llama_cpp_alone(
+    tree: Path, checkpoint: Path
+) -> None:
+    """The converter fails in the middle of its output: what other systems did is not lost, and nothing is left."""
+    (tree / "convert_hf_to_gguf.py").write_text(
+        "import sys\nclass TextModel: pass\n"
+        "def main():\n    open(sys.argv[-1], 'w').write('half')\n    raise OSError('no space left on device')\n"
+    )
+    found = llama_cpp.converted_and_decoded(tree, checkpoint, None, 1, 1)
+    assert "converter of llama.cpp failed" in found["error"]
+    assert "no space left on device" in found["error"]
+    assert not list(checkpoint.parent.glob("*.part"))
+    assert not list(checkpoint.parent.glob("*.gguf"))
+
+
 def test_llama_cpp_says_what_it_ran(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = tmp_path / "m.gguf"
     gguf.write_bytes(b"weights")
