@@ -119,6 +119,16 @@ def test_look_ahead_speaks_while_the_first_expert_is_waited_for():
     assert unasked.seconds == 4 + 2 + 4 + 2
 
 
+def test_layers_of_an_encoder_that_rests_take_no_time_and_are_not_opened():
+    costs = Costs(expert_s=2.0, dense_s=5.0, chunk_s=1.0, chunks=4)
+    for policy in ("lru", "belady"):
+        simulation = Simulation(ALL[policy](MoEShape((4, 4)), 8), costs, record_events=True)
+        outcome = simulation.run([Pass([[], [1]], None, first_layer=1)] * 2)
+        assert outcome.seconds == 5 + 4 + 2 + 5 + 2
+        assert simulation.events is not None
+        assert [event[1] for event in simulation.events if event[0] == "open_layer"] == [1, 1]
+
+
 def test_passes_that_settle_do_not_count():
     passes = [Pass([[0, 1]], None), Pass([[0, 1]], None), Pass([[0, 2]], None)]
     simulation = Simulation(POLICIES["lru"](MoEShape((4,)), 4), COSTS)

@@ -6,11 +6,13 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import link_bound, simulator_accuracy
+from benchmarks import link_bound, on_the_clock, simulator_accuracy
 from benchmarks.on_the_clock import (
     SETTLE,
     TINY,
@@ -29,6 +31,7 @@ from expertflow.cache.policies import Forecast
 from expertflow.core import MoEShape
 from expertflow.sim.clock import Pass
 from expertflow.sim.hardware import Costs
+from tests import families
 
 SHAPE = MoEShape((8, 8, 8))
 TRUE = Costs(3e-4, 2e-3, math.inf, chunks=2, pass_s=5e-3, ahead_s=7e-4, miss_s=1e-4, call_s=2e-4, wake_s=6e-4)
@@ -149,6 +152,29 @@ def test_a_run_of_the_engine_is_recorded_as_it_was(predictor):
         assert done.bytes_read > 0
         assert (outcome.uses, outcome.hits) == (sum(done.uses), done.hits)
         assert outcome.loads * done.expert_bytes == done.bytes_read
+
+
+@pytest.mark.parametrize("predictor", ["none", "online"])
+def test_a_decoder_behind_an_encoder_is_run_and_recorded_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predictor: str
+) -> None:
+    """Its encoder reads the prompt once; steps and what is counted are the decoder's, and two runs take one path."""
+    folder = families.write_checkpoint("switch_safetensors", tmp_path / "switch")
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 60, (2, 8), generator=draw), torch.randint(5, 60, (2, SETTLE + 6), generator=draw)
+    monkeypatch.setattr(on_the_clock, "_prompts_and_steps", lambda *_: ids)
+    policy = "lru" if predictor == "none" else "plec"
+    done, again = (run(folder, Case(policy, 2, 2.0, predictor, 10**9), steps=6, part=0) for _ in range(2))
+    encoder = done.passes[0].first_layer
+    assert 0 < encoder < done.shape.num_layers
+    assert done.layers == done.shape.num_layers - encoder
+    assert done.settle == 1 + SETTLE
+    assert [step.experts_L for step in done.passes] == [step.experts_L for step in again.passes]
+    for step in done.passes:
+        assert not any(step.experts_L[:encoder])
+        assert all(step.experts_L[encoder:])
+    assert [sum(map(len, step.experts_L)) for step in done.passes[done.settle :]] == done.uses
+    assert (done.passes[-1].forecast is not None) == (predictor == "online")
 
 
 def test_the_oracle_is_told_what_comes():
