@@ -220,7 +220,16 @@ def test_table_2_counts_what_grouping_saves(settings):
     assert activated["true paths"] <= activated["without TS"]
     assert len({row["tokens"] for row in rows}) == 1
     targets = list(table2._targets({(r["model"], r["batch"], r["cache_size"], r["way"]): r for r in rows}))
-    assert [target.asked for target in targets] == [pytest.approx(100 * (881.91 / 854.19 - 1))]
+    assert [target.asked for target in targets] == [16.19, pytest.approx(100 * (881.91 / 854.19 - 1))]
+    assert targets[0].got == targets[1].got
+    others = [row | {"model": "Switch-64"} for row in rows]  # which gain more
+    for row in others:
+        row["tokens_per_s"] *= 2 if row["way"] == "with TS" else 1
+    both = {(r["model"], r["batch"], r["cache_size"], r["way"]): r for r in rows + others}
+    best, first, second = table2._targets(both)
+    assert best.got == second.got > first.got
+    assert best.at.startswith("Switch-64, ")
+    assert table2.ITEM.conditions(replace(settings, quick=False))["batches"] == [8, 16, 32, 64]
 
 
 def test_what_is_hidden_is_what_ran_beside_another_unit():
