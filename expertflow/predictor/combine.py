@@ -86,7 +86,7 @@ class Mixture:
         """`mix` of one token, [1, L, E]: in numpy, whose calls cost a fifth of torch's between large products."""
         weight_ML1 = self._weights()[:, kind].T[..., None]
         z_LE = (weight_ML1[:-1] * self._present_ML1 * _logit(p_MLE)).sum(0) + weight_ML1[-1]
-        mixed_1LE: np.ndarray = (1 / (1 + np.exp(-z_LE)))[None]
+        mixed_1LE = _sigmoid(z_LE)[None]
         for layer, best in enumerate(self._speaker_L):
             if best:
                 mixed_1LE[0, layer] = p_MLE[best - 1, layer]
@@ -106,8 +106,7 @@ class Mixture:
         z_NE = (weight_NM1 * _logit(np.concatenate((said_NME, last_NE[:, None]), 1))).sum(1) + weight_NM[
             :, -1:
         ]
-        p_NE: np.ndarray = 1 / (1 + np.exp(-z_NE))
-        return p_NE
+        return _sigmoid(z_NE)
 
     def _weights(self) -> np.ndarray:
         """weight_LCM as numpy sees it."""
@@ -172,6 +171,11 @@ def _logit(p: np.ndarray) -> np.ndarray:
     p = np.minimum(np.maximum(p, _CLAMP), 1 - _CLAMP)
     logit: np.ndarray = np.log(p / (1 - p))
     return logit
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    p: np.ndarray = 1 / (1 + np.exp(-np.maximum(z, -80)))  # beyond it float32 has no exponential, and says so
+    return p
 
 
 class Opinions(NamedTuple):

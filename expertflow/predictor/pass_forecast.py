@@ -104,12 +104,12 @@ class PassForecast:
         """
         x_CLEF = self._features(p_LE, later_CLE)
         self._waiting.append(x_CLEF)
-        said_CLE = torch.from_numpy(_sigmoid((x_CLEF @ self.weight_CF[:, None, :, None])[..., 0]))
+        said_CLE = torch.from_numpy(_sigmoid((x_CLEF * self.weight_CF[:, None, None]).sum(-1)))
         return said_CLE[0], worth_as_passes(1 - said_CLE[1:]) if self.has_head else None
 
     def peek(self, p_LE: Tensor) -> Tensor:
         """p_LE that a pass to come needs each expert, as `forecast` would say now; nothing is noted of it."""
-        return torch.from_numpy(_sigmoid(self._features(p_LE, None)[0] @ self.weight_CF[0]))
+        return torch.from_numpy(_sigmoid((self._features(p_LE, None)[0] * self.weight_CF[0]).sum(-1)))
 
     def observe(self, used_LE: Tensor) -> None:
         """The pass is over; used_LE (bool) says what it used. Learns from every guess that this decides."""
@@ -161,11 +161,13 @@ class PassForecast:
         x_CNF = np.concatenate([lesson.x_CLEF for lesson in lot], 1).reshape(len(which_C), -1, features)
         came_CN = np.concatenate([lesson.came_CLE for lesson in lot], 1).reshape(len(which_C), -1)
         weight_CF, curvature_CFF = self.weight_CF[which_C], self._curvature_CFF[which_C]
-        p_CN = _sigmoid((x_CNF @ weight_CF[..., None])[..., 0])
+        p_CN = _sigmoid((x_CNF * weight_CF[:, None]).sum(-1))
         curvature_CFF = (curvature_CFF - self._prior) * np.float32(_FORGET ** len(lot)) + self._prior
         scaled_CNF = x_CNF * (p_CN * (1 - p_CN))[..., None]
-        curvature_CFF = curvature_CFF + scaled_CNF.transpose(0, 2, 1) @ x_CNF
-        gradient_CF = ((p_CN - came_CN)[:, None] @ x_CNF)[:, 0]
+        # By torch: threads of numpy's own BLAS would go on waiting beside the next experts' products.
+        scaled_CFN = torch.from_numpy(scaled_CNF).transpose(1, 2)
+        curvature_CFF = curvature_CFF + (scaled_CFN @ torch.from_numpy(x_CNF)).numpy()
+        gradient_CF = (x_CNF * (p_CN - came_CN)[..., None]).sum(1)
         step_CF = np.linalg.solve(curvature_CFF, gradient_CF[..., None])[..., 0]
         # Shortened as a whole, since each weight by itself would be another direction.
         longest_C1 = np.maximum(np.abs(step_CF).max(1, keepdims=True), _LONGEST_STEP)

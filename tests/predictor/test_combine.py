@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -278,6 +279,16 @@ def test_one_layer_is_mixed_as_all_of_them_are(speaker: int) -> None:
     for row in range(5):
         alone_1LE = mixture.mix(p_NMLE[row : row + 1], kind_N[row : row + 1])
         torch.testing.assert_close(alone_1LE, whole_NLE[row : row + 1])
+
+
+def test_weights_that_ran_far_away_are_no_overflow() -> None:
+    mixture = Mixture(everywhere(2))
+    mixture.weight_LCM = torch.full_like(mixture.weight_LCM, -40.0)
+    p_1MLE = torch.full((1, 2, 2, 3), 0.99)
+    with np.errstate(all="raise"):
+        assert mixture.mix(p_1MLE, ONE[:1]).max() < 1e-30
+        p_ME = p_1MLE[:, :, 0].numpy()
+        assert mixture.mix_layer(p_ME[:, :1], p_ME[:, 1], ONE[:1].numpy(), 0).max() < 1e-30
 
 
 def test_one_row_is_mixed_with_what_was_learnt_last() -> None:
