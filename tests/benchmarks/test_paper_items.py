@@ -330,3 +330,62 @@ def test_fig_4_draws_the_last_steps_of_both_pipelines(tmp_path, monkeypatch):
     assert table.rows[1][1] == "1.60"
     assert table.rows[1][6] == "100%"
     assert [path.suffix for path in program.draw(serving.FIG4, found, settings)] == [".png", ".svg"]
+
+
+def test_who_has_one_pool_gets_no_slots_of_layers_that_rest(settings, monkeypatch):
+    """Half of the layers are an encoder's: eight for each of the others are four for each of all."""
+    cases = []
+
+    class Done:
+        def measures(self):
+            return {"step_seconds": 0.5}
+
+    def run(folder, case, steps, part):
+        cases.append(case)
+        return Done()
+
+    monkeypatch.setattr(measured, "run", run)
+    monkeypatch.setattr(measured, "choose_link", lambda *_: (1000, 0.5))
+    small = measured.Small("switch-32", Path("nowhere"), "chat", 32)
+    systems = {"theirs": ("lru", False), "ours": ("plec", True)}
+    rows = measured.decode(settings, small, 4, [8], systems, print)
+    assert [(case.policy, case.cache_size, case.bytes_per_s) for case in cases] == [
+        ("lru", 32, None),
+        ("lru", 8.0, 1000),
+        ("plec", 4.0, 1000),
+    ]
+    assert [row["cache_size"] for row in rows] == [32, 8, 8]
+    assert {row["tokens_per_s"] for row in rows} == {8.0}
+
+
+def test_the_scheduler_on_the_clock_is_judged_by_model(settings, monkeypatch):
+    """Switch is measured where it was trained, over a link of its own; the embedded model over what it always had."""
+    there = [measured.Small(name, Path(name), "chat", 32) for name in ("qwen1.5-moe", "switch-32")]
+    tiny = measured.models(settings)[0]
+    monkeypatch.setattr(measured, "models", lambda settings: [tiny, *there])
+    monkeypatch.setattr(measured, "choose_link", lambda *_: (5_000_000, 0.5))
+
+    def serve(settings, small, *, batch, units, link, predictor, schedule, execution):
+        engine = {"regroupings": 3, "late": 0}
+        faster = 1.5 if schedule == "auto" and small.name == "switch-32" else 1.0
+        row = {
+            "model": small.name,
+            "batch": batch,
+            "link": link,
+            "tokens_per_s": faster,
+            "loads_per_token": 1.0,
+        }
+        return row | {"engine": engine, "stolen": 0.0, "others": 0.0, "disturbed": False}
+
+    monkeypatch.setattr(measured, "serve", serve)
+    found = results.run(serving.TABLE2, settings, print)
+    assert [(row["model"], row["link"]) for row in found.rows[::3]] == [
+        ("tiny-moe", "20MB/s"),
+        ("switch-32", "5 MB/s"),
+    ]
+    section = serving.TABLE2.section(found)
+    assert [(target.name, target.got) for target in section.targets] == [
+        ("tiny-moe, gain of TS on the clock", 0.0),
+        ("switch-32, gain of TS on the clock", 50.0),
+    ]
+    assert len(section.tables[0].rows) == 6
