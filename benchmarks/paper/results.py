@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common import commit, machine
 from benchmarks.paper.item import Item, Result, Say, Settings, Skipped
-from benchmarks.paper.workers import made_together
+from benchmarks.paper.workers import can_share, made_together
 
 FORMAT = "expertflow-paper-1"
 
@@ -26,8 +26,7 @@ def run(
     """Make what is missing of an item, and keep each part as soon as it is there.
 
     Parts that were kept under the same conditions are not made again. Raises what a part raises, with all parts
-    before it kept. jobs: so many parts at once, each in a process of its own, of an item of ITEMS that has nothing to
-    do with the clock.
+    before it kept. jobs: so many parts at once, each in a process of its own, of an item that can share.
     """
     path = settings.results / item.file_name
     # Through JSON, as what was kept has been.
@@ -50,7 +49,7 @@ def run(
     assert len(keys) == len(set(keys)), f"{item.name}: two parts have one key"
     result = replace(result, parts={key: result.parts[key] for key in keys if key in result.parts})
     missing = [part for part in parts if part.key not in result.parts]
-    if jobs > 1 and len(missing) > 1 and item.mode != "measured":
+    if jobs > 1 and len(missing) > 1 and can_share(item):
         made = made_together(item, settings, missing, say, jobs)
     else:
         made = ((part.key, part.made(say)) for part in missing)

@@ -21,10 +21,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def can_share(item: Item) -> bool:
+    """Whether its parts may be made side by side: they take no clock, and a worker finds them by name."""
+    from benchmarks.paper.items import ITEMS
+
+    return item.mode != "measured" and item in ITEMS
+
+
 def made_together(
     item: Item, settings: Settings, parts: Sequence[Part], say: Say, jobs: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and what came of it, of each part as soon as it is there. item: one of ITEMS.
+    """Key and what came of it, of each part as soon as it is there. item: one that can share.
 
     Raises what a part raises; then, and when it is left early, the workers are stopped where they are.
     """

@@ -252,6 +252,13 @@ def test_parts_made_in_several_processes_are_those_made_in_one(tmp_path: Path) -
     assert not multiprocessing.active_children()
 
 
+def test_what_is_measured_or_nobody_finds_by_name_is_made_here(tmp_path: Path) -> None:
+    made: list[str] = []
+    results.run(item(made), Settings(out=tmp_path), print, jobs=2)
+    assert made == ["a", "b", "c"]
+    assert {one.mode for one in ITEMS if workers.can_share(one)} == {"counted", "simulated"}
+
+
 def test_what_a_part_raises_in_another_process_ends_the_others(tmp_path: Path) -> None:
     (fig6,) = (item for item in ITEMS if (item.name, item.mode) == ("fig6", "simulated"))
     settings = Settings(out=tmp_path, predictors=tmp_path / "nothing")
