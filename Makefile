@@ -26,7 +26,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode_under_budget --quick
 
-# Every table and figure of the paper beside ours, and docs/results.md; resumable, hours on two cores.
+# Every table and figure of the paper beside ours, and docs/results.md; resumable, an hour and a half on two cores.
+# PAPER: more arguments (make paper PAPER="--llama-cpp DIR").
 paper: $(STAMP)
 	$(BIN)/python -m benchmarks.paper --page docs/results.md $(PAPER)
 

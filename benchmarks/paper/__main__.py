@@ -1,6 +1,6 @@
 """The paper's tables and figures, ours beside the paper's.
 
-    python -m benchmarks.paper                                    # everything; under 3 hours on two cores
+    python -m benchmarks.paper                                    # everything; an hour and a half on two cores
     python -m benchmarks.paper --quick                            # few conditions, untrained predictors; minutes
     python -m benchmarks.paper --only fig6,table2 --mode simulated
     python -m benchmarks.paper --page docs/results.md             # and write the page (`make paper`)
