@@ -71,14 +71,14 @@ def decode(
     """
     steps = _QUICK_STEPS if settings.quick else _STEPS if small.folder == TINY else _ZOO_STEPS
     said = predictor(settings, small, say)
-    link, running = choose_link(small, batch, steps, say)
+    link, share_that_runs = choose_link(small, batch, steps, say)
     rows = [
         _row(small, batch, small.experts, "all in memory", link, _run(small, batch, small.experts, steps))
     ]
     for cache_size in cache_sizes:
         for name, (policy, predicts) in systems.items():
             say(f"{small.name}, batch {batch}, {cache_size} per layer: {name}")
-            per_layer = cache_size * (running if policy == POOLED else 1.0)
+            per_layer = cache_size * (share_that_runs if policy == POOLED else 1.0)
             case = Case(policy, batch, per_layer, said if predicts else "none", link)
             rows.append(_row(small, batch, cache_size, name, link, run(small.folder, case, steps, part=1)))
     return rows

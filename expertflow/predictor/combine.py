@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from expertflow.predictor.baselines import multi_hot
+from expertflow.predictor.logits import CLAMP, logit, sigmoid
 from expertflow.predictor.lots import Lots
 from expertflow.predictor.online_table import RINGS, OnlineTokenTable
 from expertflow.predictor.protocol import LayerPredictor, OnlinePredictor, PathContext, PathPredictor
 
-_CLAMP = 1e-3  # a source that is sure of itself may be wrong: its logit stays within 7
 _FORGET = 0.9995  # by token, of the curvature: weights follow a change of subject within some thousand
 _START_TOKENS = 4.0  # the start counts as this many
 _JUDGE = 0.995  # by token, of the running losses
@@ -66,16 +66,16 @@ class Mixture:
 
     def logits(self, p_NMLE: Tensor) -> Tensor:
         """x_NMLE: the logits of what the sources said, a row of ones for the bias; 0 where one is absent."""
-        logit = torch.logit(p_NMLE.float(), eps=_CLAMP) * self.present_ML[:, :, None]
-        return torch.cat([logit, torch.ones_like(logit[:, :1])], dim=1)
+        logit_NMLE = torch.logit(p_NMLE.float(), eps=CLAMP) * self.present_ML[:, :, None]
+        return torch.cat([logit_NMLE, torch.ones_like(logit_NMLE[:, :1])], dim=1)
 
     def mix(self, p_NMLE: Tensor, kind_N: Tensor) -> Tensor:
         """p_NLE of N tokens from M sources."""
         if len(p_NMLE) == 1:
             return torch.from_numpy(self._mix_one(p_NMLE.float().numpy()[0], kind_N.tolist()[0]))
-        logit = torch.logit(p_NMLE.float(), eps=_CLAMP) * self.present_ML[:, :, None]
+        logit_NMLE = torch.logit(p_NMLE.float(), eps=CLAMP) * self.present_ML[:, :, None]
         weight_NLM = self.weight_LCM[:, kind_N].transpose(0, 1)
-        mixed = torch.einsum("nlm,nmle->nle", weight_NLM[..., :-1], logit) + weight_NLM[..., -1:]
+        mixed = torch.einsum("nlm,nmle->nle", weight_NLM[..., :-1], logit_NMLE) + weight_NLM[..., -1:]
         mixed = torch.sigmoid(mixed)
         for index, best in enumerate(self._speaker_L):
             if best:
@@ -85,8 +85,8 @@ class Mixture:
     def _mix_one(self, p_MLE: np.ndarray, kind: int) -> np.ndarray:
         """`mix` of one token, [1, L, E]: in numpy, whose calls cost a fifth of torch's between large products."""
         weight_ML1 = self._weights()[:, kind].T[..., None]
-        z_LE = (weight_ML1[:-1] * self._present_ML1 * _logit(p_MLE)).sum(0) + weight_ML1[-1]
-        mixed_1LE = _sigmoid(z_LE)[None]
+        z_LE = (weight_ML1[:-1] * self._present_ML1 * logit(p_MLE)).sum(0) + weight_ML1[-1]
+        mixed_1LE = sigmoid(z_LE)[None]
         for layer, best in enumerate(self._speaker_L):
             if best:
                 mixed_1LE[0, layer] = p_MLE[best - 1, layer]
@@ -103,10 +103,9 @@ class Mixture:
             return last_NE if best == len(self.present_ML) else said_NME[:, best - 1]
         weight_NM = self._weights()[layer, kind_N]
         weight_NM1 = weight_NM[:, :-1, None] * self._present_ML1[:, layer]
-        z_NE = (weight_NM1 * _logit(np.concatenate((said_NME, last_NE[:, None]), 1))).sum(1) + weight_NM[
-            :, -1:
-        ]
-        return _sigmoid(z_NE)
+        p_NME = np.concatenate((said_NME, last_NE[:, None]), 1)
+        z_NE = (weight_NM1 * logit(p_NME)).sum(1) + weight_NM[:, -1:]
+        return sigmoid(z_NE)
 
     def _weights(self) -> np.ndarray:
         """weight_LCM as numpy sees it."""
@@ -165,17 +164,6 @@ class Mixture:
         self._loss_ML = loss_ML if share == 1 else self._loss_ML + share * (loss_ML - self._loss_ML)
         self._loss_ML[1:][~self.present_ML] = float("inf")
         self._speaker_L = self.speaker_L().tolist()
-
-
-def _logit(p: np.ndarray) -> np.ndarray:
-    p = np.minimum(np.maximum(p, _CLAMP), 1 - _CLAMP)
-    logit: np.ndarray = np.log(p / (1 - p))
-    return logit
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    p: np.ndarray = 1 / (1 + np.exp(-np.maximum(z, -80)))  # beyond it float32 has no exponential, and says so
-    return p
 
 
 class Opinions(NamedTuple):

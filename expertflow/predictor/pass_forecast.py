@@ -8,7 +8,7 @@ nonsense loses its say to the frequencies, and one that is over-confident is set
 Without a head nothing is said of later passes: regressions on frequencies alone knew less than their plain mean, by
 which the cache goes then (docs/log.md).
 
-In numpy: between products that sweep the caches its calls cost a fifth of torch's, and there is little in each.
+In numpy, as said in logits.py: there is little in each call.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertflow.predictor.logits import logit, sigmoid, within
 from expertflow.predictor.lots import Lots
 from expertflow.predictor.next_use import HORIZONS
 
@@ -34,7 +35,6 @@ _PRIOR = (
     8.0  # curvature of the prior of each weight: about that of 8 passes of 32 experts, a tenth of them used
 )
 _LONGEST_STEP = 0.5  # of a weight, in one pass
-_CLAMP = 1e-3
 # What a use is worth for each pass that it comes later: a cache forgets within a few. The mean until the next use
 # would be ruled by those hardly ever used (docs/log.md).
 _DISCOUNT = 0.7
@@ -104,12 +104,12 @@ class PassForecast:
         """
         x_CLEF = self._features(p_LE, later_CLE)
         self._waiting.append(x_CLEF)
-        said_CLE = torch.from_numpy(_sigmoid((x_CLEF * self.weight_CF[:, None, None]).sum(-1)))
+        said_CLE = torch.from_numpy(sigmoid((x_CLEF * self.weight_CF[:, None, None]).sum(-1)))
         return said_CLE[0], worth_as_passes(1 - said_CLE[1:]) if self.has_head else None
 
     def peek(self, p_LE: Tensor) -> Tensor:
         """p_LE that a pass to come needs each expert, as `forecast` would say now; nothing is noted of it."""
-        return torch.from_numpy(_sigmoid((self._features(p_LE, None)[0] * self.weight_CF[0]).sum(-1)))
+        return torch.from_numpy(sigmoid((self._features(p_LE, None)[0] * self.weight_CF[0]).sum(-1)))
 
     def observe(self, used_LE: Tensor) -> None:
         """The pass is over; used_LE (bool) says what it used. Learns from every guess that this decides."""
@@ -135,7 +135,7 @@ class PassForecast:
         self._used.clear()
 
     def _features(self, p_LE: Tensor | None, later_CLE: Tensor | None) -> np.ndarray:
-        rate_SLE = _within(self._used_SLE / self._passes_S[:, None, None])
+        rate_SLE = within(self._used_SLE / self._passes_S[:, None, None])
         num_rates, layers, experts = rate_SLE.shape
         x_CLEF = np.empty((1 + len(self.horizons), layers, experts, num_rates + 4), np.float32)
         # The logit of any use within the horizon, from the logarithm of none.
@@ -148,9 +148,9 @@ class PassForecast:
         x_CLEF[..., num_rates:-2] = 0
         x_CLEF[..., -2] = mean_C11S.mean(-1)
         if p_LE is not None:
-            x_CLEF[..., num_rates] = _logit(p_LE.numpy())
+            x_CLEF[..., num_rates] = logit(p_LE.numpy())
         if later_CLE is not None:
-            x_CLEF[1:, ..., num_rates + 1] = -_logit(later_CLE.numpy())
+            x_CLEF[1:, ..., num_rates + 1] = -logit(later_CLE.numpy())
         x_CLEF[..., -1] = 1
         return x_CLEF
 
@@ -161,7 +161,7 @@ class PassForecast:
         x_CNF = np.concatenate([lesson.x_CLEF for lesson in lot], 1).reshape(len(which_C), -1, features)
         came_CN = np.concatenate([lesson.came_CLE for lesson in lot], 1).reshape(len(which_C), -1)
         weight_CF, curvature_CFF = self.weight_CF[which_C], self._curvature_CFF[which_C]
-        p_CN = _sigmoid((x_CNF * weight_CF[:, None]).sum(-1))
+        p_CN = sigmoid((x_CNF * weight_CF[:, None]).sum(-1))
         curvature_CFF = (curvature_CFF - self._prior) * np.float32(_FORGET ** len(lot)) + self._prior
         scaled_CNF = x_CNF * (p_CN * (1 - p_CN))[..., None]
         # By torch: threads of numpy's own BLAS would go on waiting beside the next experts' products.
@@ -172,27 +172,10 @@ class PassForecast:
         # Shortened as a whole, since each weight by itself would be another direction.
         longest_C1 = np.maximum(np.abs(step_CF).max(1, keepdims=True), _LONGEST_STEP)
         self._curvature_CFF[which_C] = curvature_CFF
-        weight_CF_all = (
-            self.weight_CF.copy()
-        )  # another thread may be reading: it sees the old ones or the new
-        weight_CF_all[which_C] = weight_CF - step_CF * (_LONGEST_STEP / longest_C1)
-        self.weight_CF = weight_CF_all
-
-
-def _within(p: np.ndarray) -> np.ndarray:
-    clamped: np.ndarray = np.minimum(np.maximum(p, _CLAMP), 1 - _CLAMP)
-    return clamped
-
-
-def _logit(p: np.ndarray) -> np.ndarray:
-    p = _within(p)
-    logit: np.ndarray = np.log(p / (1 - p))
-    return logit
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    p: np.ndarray = 1 / (1 + np.exp(-np.maximum(z, -80)))
-    return p
+        # A copy, since another thread may be reading: it sees the old ones or the new.
+        learnt_CF = self.weight_CF.copy()
+        learnt_CF[which_C] = weight_CF - step_CF * (_LONGEST_STEP / longest_C1)
+        self.weight_CF = learnt_CF
 
 
 def _alike(lessons: Sequence[_Lesson]) -> Iterator[list[_Lesson]]:

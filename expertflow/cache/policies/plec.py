@@ -100,10 +100,8 @@ class NextUse(Policy):
     binds_late = True
     keep_slow, keep_fast = 0.99, 0.8  # by pass, of the running frequencies of use
     share_fast = 0.25  # in their mean
-    start_rate, start_passes = (
-        0.2,
-        6.0,
-    )  # what is assumed of every expert, and how many passes that counts for
+    start_rate = 0.2  # what is assumed of every expert
+    start_passes = 6.0  # that this counts for
     least_likely = 0.5  # guesses below it cost bytes and gained no time (docs/log.md)
     discount = 0.7
     # What lies ready for long takes the place of something that would have been used again; further ahead cost bytes
