@@ -137,6 +137,8 @@ def speed_table(report: dict[str, Any]) -> Table:
             ahead = engine["scheduling_share"] - critical
             share = f"{critical:.1%} of steps (look-ahead {ahead:.1%} more), {hidden:.2f} s hidden"
             table.add_row("predicting and grouping", f"{share}, late {engine['late']} times")
+            if engine.get("scheduler"):  # nor does it tell of this
+                table.add_row("the scheduler", engine["scheduler"])
     else:
         if timing["prefill_seconds"]:
             table.add_row("time to first token", f"{timing['first_token_seconds']:.2f} s")

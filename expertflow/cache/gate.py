@@ -1,7 +1,8 @@
-"""Does prefetching pay? A gate that tries it with and without in turn, and keeps to what was faster.
+"""Does prefetching pay, does grouping? A gate that tries it with and without in turn, and keeps to what was faster.
 
-A prefetch can lose: its bytes compete with demands, its prediction takes time. What counts is the seconds of a pass,
-in which both are contained, and stalls that were saved. Decides only: whoever asks keeps the time.
+A prefetch can lose: its bytes compete with demands, its prediction takes time. So can a grouping: it has to be found
+on processors that compute meanwhile, and parts batches that shared what the cache held. What counts is the seconds of
+a pass (of a step of a unit), in which all that is contained. Decides only: whoever asks keeps the time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ ALIKE = 1.25  # passes are compared where one has at most so many times the rows
 class PayoffGate:
     """Ask `open` before a pass, tell `passed` after it; `reason` says in words how it stands."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "prefetching", during: tuple[str, str] = ("pass", "passes")) -> None:
+        """For `reason`: what is done or left, and during what, one and many, whose seconds are told."""
+        self._what, self._during = what, during
         self.on = True  # what was decided; a trial may do otherwise
         self.reason = "on: nothing measured yet"
         self.switches = 0
@@ -40,6 +43,11 @@ class PayoffGate:
     def open(self) -> bool:
         """Whether the next pass is to prefetch."""
         return self.on if self._window is None else self.on == (WINDOWS[self._window] == "decided")
+
+    @property
+    def trying(self) -> bool:
+        """Whether passes with and without are being compared: nothing else should change meanwhile."""
+        return self._window is not None
 
     def passed(self, seconds: float, rows: int) -> None:
         """A pass is over. rows: of its batch; passes of very different size are not compared."""
@@ -82,9 +90,14 @@ class PayoffGate:
         self.switches += on != self.on
         self.on, self._window, self._wait = on, None, self._hold
         self.reason = (
-            f"{'on' if on else 'off'}: {1e3 * with_it:.3g} ms per pass with prefetching, {1e3 * without:.3g} ms "
-            f"without ({self._rows} row{'s' if self._rows != 1 else ''}, after {self._passes} passes)"
+            f"{'on' if on else 'off'}: {_ms(with_it)} per {self._during[0]} with {self._what}, "
+            f"{_ms(without)} without ({self._rows} row{'s' if self._rows != 1 else ''}, after "
+            f"{self._passes} {self._during[1]})"
         )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f} ms"
 
 
 class AlwaysOpen(PayoffGate):

@@ -3,7 +3,8 @@
 After a step of a unit its newest tokens are handed to the pipeline: predict their paths, group them. Before its next
 step the unit takes what has been found, or stays as it sits when that is not there in time. Under `split` the rows of
 a unit's batches are grouped; under `joint` those of two units, while a third computes. Who joins a unit from the queue
-is admitting.py's. Decides who sits where, and no token; but a batch's shape is in the last bits of its logits, so only
+is admitting.py's. Whether all this pays is tried: now and then steps are made without it, and the faster way is kept
+(cache/gate.py). Decides who sits where, and no token; but a batch's shape is in the last bits of its logits, so only
 schedule=fixed repeats them.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from expertflow.cache.expert_cache import ExpertCache
+from expertflow.cache.gate import PayoffGate
 from expertflow.engine.admitting import Admitting
 from expertflow.engine.batch import Batch, LiveSequence
 from expertflow.engine.request import Row
@@ -101,6 +103,7 @@ class AutoSchedule:
 
     def __init__(self, predicting: Predicting, cache: ExpertCache, execution: Execution, patience: int):
         self.payoff = Payoff()
+        self.gate = PayoffGate("the scheduler", ("step", "steps"))
         self.pipeline: Pipeline[Prepared] = Pipeline()
         self._predicting, self._cache = predicting, cache
         self._groups = execution == "split"
@@ -135,7 +138,8 @@ class AutoSchedule:
         """A step begins: what follows is counted for it. alone: no other unit computes after it."""
         self._before = self._counters()
         # Alone, the next step would find the thread at it, and wait or go on without a prediction.
-        self._predicting.learn_later = None if alone else self._learn_later
+        hide = self.gate.open and not alone
+        self._predicting.learn_later = self._learn_later if hide else None
 
     def runs(self, unit: Unit, after: Unit | None) -> None:
         """The passes of a unit begin, each followed by its next one, the last by those of the unit that comes after."""
@@ -177,6 +181,8 @@ class AutoSchedule:
             now - before for now, before in zip(self._counters(), self._before, strict=True)
         )
         self.payoff.stepped(stall_seconds, int(activations))
+        if not self.gate.open:
+            return
         question = self._predicting.question(number, [_upcoming(batch) for batch in unit.batches])
         if question is None:
             return
@@ -199,6 +205,12 @@ class AutoSchedule:
         named = [_names(units[at].batches) for at in pair or ()]
         job = _Job(question, seats, pair, named, cost_N, alone)
         self.pipeline.submit(number, lambda: self._prepare(number, job), alone=alone)
+
+    def ended(self, seconds: float, rows: int, *, prompts: bool) -> None:
+        """A step took so long, for so many that decode, and prompts beside them or none: only those are compared."""
+        prefetching = self._predicting.gate
+        if not prompts and rows and prefetching.open and not prefetching.trying:
+            self.gate.passed(seconds, rows)
 
     def profile(self, waiting: Sequence[Row], decoding: Sequence[Row], *, alone: bool) -> None:
         """Find out about those that wait: while others compute, or now."""

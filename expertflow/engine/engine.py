@@ -100,6 +100,7 @@ class Engine:
             self._stats.hidden_group_seconds = auto.hidden_group_seconds
             self._stats.groupings, self._stats.exchanges = auto.groupings, auto.exchanges
             self._stats.preferred = auto.admitting.preferred
+            self._stats.scheduler = auto.gate.reason
         with self._changed:
             self._stats.waiting = len(self._queue)
             self._stats.running = sum(len(unit.members) for unit in self._units)
@@ -235,13 +236,13 @@ class Engine:
         if unit is None:
             return False
         started, (predicted, looked_ahead) = time.perf_counter(), self._predict_seconds()
-        decoding = 0
+        decoding, prompts = 0, False
         if self._auto is not None:
             self._exchange(self._auto, unit)
         with self._failing(unit):
             # Since the unit's last step its scheduler may have found out more about the newest tokens.
             unit.settle()
-            decoding = sum(len(batch.members) for batch in unit.batches)
+            decoding, prompts = sum(len(batch.members) for batch in unit.batches), bool(unit.prefills)
             if self._auto is not None:
                 self._auto.runs(unit, self._following(unit))
             self._take(unit.step(self._execution))
@@ -252,6 +253,8 @@ class Engine:
             self._stats.decode_rows += decoding
         ended = time.perf_counter()
         self._stats.step_seconds += ended - started
+        if self._auto is not None:
+            self._auto.ended(ended - started, decoding, prompts=prompts)
         predicted_now, looked_ahead_now = self._predict_seconds()
         self._stats.predict_seconds += predicted_now - predicted
         self._stats.look_ahead_seconds += looked_ahead_now - looked_ahead

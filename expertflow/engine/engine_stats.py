@@ -35,6 +35,7 @@ class EngineStats:
     exchanges: int = 0  # between units that are joint, before a step
     preferred: int = 0  # answers that began before one that had arrived earlier, to share experts
     groupings: int = 0  # made; `regroupings` were followed
+    scheduler: str = ""  # schedule=auto: whether it pays, and why it is on or off
     late: int = 0  # steps in order of arrival, since nothing was prepared in time
     waiting: int = 0  # answers in the queue now
     running: int = 0  # answers that hold KV cache now

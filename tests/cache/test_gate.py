@@ -40,6 +40,16 @@ def test_it_keeps_to_what_was_faster_and_says_why(with_it, stays):
     assert "(1 row, after 72 passes)" in gate.reason
 
 
+def test_it_says_what_is_tried():
+    gate = PayoffGate("the scheduler", ("step", "steps"))
+    drive(gate, LEARNING, 1.0, 2.0, rows=8)
+    assert gate.trying
+    drive(gate, TRIAL, 1.0, 2.0, rows=8, noise=0)
+    assert not gate.trying
+    expected = "on: 1000 ms per step with the scheduler, 2000 ms without (8 rows, after 72 steps)"
+    assert gate.reason == expected
+
+
 def test_a_tie_changes_nothing_in_either_state():
     gate = PayoffGate()
     for with_it, without, on in [(1.0, 1.0, True), (3.0, 1.0, False), (1.0, 1.0, False), (1.0, 3.0, True)]:

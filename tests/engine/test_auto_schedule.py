@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from expertflow import LLM, SamplingParams
+from expertflow.cache.gate import HOLD, LEARNING, WINDOW, WINDOWS, AlwaysOpen, PayoffGate
 from expertflow.engine import auto_schedule
 from expertflow.engine.auto_schedule import AutoSchedule, Payoff, Prepared
 from expertflow.engine.engine import Engine
@@ -65,8 +66,10 @@ def load(folder: Path, **settings: Any) -> LLM:
 
 @contextmanager
 def auto(llm: LLM, **options: Any) -> Iterator[tuple[Engine, AutoSchedule]]:
+    """Without trials of whether it pays, which the machine decides."""
     with Engine(llm, schedule="auto", **{"execution": "split", **options}) as engine:
         assert engine._auto is not None
+        engine._auto.gate = AlwaysOpen()
         yield engine, engine._auto
 
 
@@ -177,7 +180,7 @@ def test_sequences_of_a_language_share_a_batch_and_its_experts(tmp_path: Path) -
     for schedule in ("fixed", "auto"):
         with load(folder, cache_size=4) as llm, Engine(llm, execution="split", schedule=schedule) as engine:  # type: ignore[arg-type]
             if engine._auto is not None:
-                engine._auto.payoff = Patient()
+                engine._auto.payoff, engine._auto.gate = Patient(), AlwaysOpen()
             requests = [engine.submit(prompt, params) for prompt in prompts]
             for _ in range(20):
                 engine.step()
@@ -223,6 +226,83 @@ def test_a_payoff_is_measured() -> None:
     payoff.grouped(0)
     assert payoff.saved_activations == pytest.approx(8)
     assert payoff.cost_of_moving(2e9) == pytest.approx(1 / 0.016)
+
+
+class Closed(PayoffGate):
+    open = False  # type: ignore[assignment]
+
+
+def test_where_it_does_not_pay_steps_are_those_of_fixed(
+    folders: Callable[[str], Path], alone: Callable[[str], list[list[int]]]
+) -> None:
+    """Nothing is prepared, nothing hidden; passes ask for themselves."""
+    with load(folders("qwen2_moe")) as llm, auto(llm) as (engine, schedule):
+        schedule.payoff, schedule.gate = Patient(), Closed()
+        schedule.admitting.next_question = lambda *_, **__: None  # type: ignore[method-assign]
+        assert tokens(engine.generate(ALL_PROMPTS, ALL_PARAMS)) == alone("qwen2_moe")
+        stats, predicting = engine.stats, llm.experts.predicting
+        assert stats.groupings == stats.regroupings == stats.late == 0
+        assert stats.hidden_predict_seconds == stats.hidden_group_seconds == 0
+        assert schedule.pipeline._thread is None
+        assert predicting is not None
+        assert predicting.stats.foreseen == 0
+        assert predicting.stats.passes > 20
+
+
+@pytest.mark.parametrize(("grouped_takes", "stays"), [(0.5, True), (2.0, False)])
+def test_it_is_kept_where_steps_are_faster_with_it(
+    folders: Callable[[str], Path], grouped_takes: float, stays: bool
+) -> None:
+    """A clock that the test makes up, by whether the step was prepared for."""
+    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    with load(folders("qwen2_moe"), context=128) as llm, auto(llm) as (engine, schedule):
+        llm.experts.predicting.gate = AlwaysOpen()  # type: ignore[union-attr]
+        schedule.payoff, schedule.gate = Patient(), PayoffGate("the scheduler", ("step", "steps"))
+        ended, open_before = schedule.ended, []
+
+        def made_up(seconds: float, rows: int, *, prompts: bool) -> None:
+            if not prompts:
+                open_before.append(schedule.gate.open)
+            ended(grouped_takes if schedule.gate.open else 1.0, rows, prompts=prompts)
+
+        schedule.ended = made_up  # type: ignore[method-assign]
+        engine.generate(PROMPTS[:4] * 2, params)
+        trial = LEARNING + len(WINDOWS) * WINDOW
+        windows = [kept for kept in (True, False, True, False) for _ in range(WINDOW)]
+        assert open_before[:trial] == [True] * LEARNING + windows
+        assert len(open_before) > trial
+        assert set(open_before[trial:]) == {stays}
+        said = engine.stats.scheduler
+        assert said.startswith(f"{'on' if stays else 'off'}: {1e3 * grouped_takes:.0f} ms")
+        assert "ms per step with the scheduler, 1000 ms without (4 rows, after 72 steps)" in said
+
+
+def test_steps_with_prompts_and_trials_of_prefetching_are_not_compared(
+    folders: Callable[[str], Path],
+) -> None:
+    with load(folders("qwen2_moe")) as llm, auto(llm) as (_, schedule):
+        schedule.gate = gate = PayoffGate()
+        prefetching = llm.experts.predicting.gate = PayoffGate()  # type: ignore[union-attr]
+        for _ in range(2 * LEARNING):
+            schedule.ended(1.0, 4, prompts=True)
+            schedule.ended(1.0, 0, prompts=False)
+        assert not gate.trying
+        for _ in range(LEARNING - 1):
+            schedule.ended(1.0, 4, prompts=False)
+            prefetching.passed(1.0, 4)
+        prefetching.passed(1.0, 4)
+        assert prefetching.trying
+        for _ in range(HOLD):
+            schedule.ended(1.0, 4, prompts=False)
+        assert not gate.trying
+        while prefetching.trying:
+            prefetching.passed(1.0 if prefetching.open else 0.5, 4)
+        assert not prefetching.open
+        schedule.ended(1.0, 4, prompts=False)
+        assert not gate.trying, "nothing is predicted, so nothing can be grouped"
+        prefetching.on = True
+        schedule.ended(1.0, 4, prompts=False)
+        assert gate.trying
 
 
 def test_one_unit_alone_predicts_on_the_critical_path(
@@ -596,7 +676,7 @@ def test_joint_units_end_up_with_one_language_each(tmp_path: Path, units: int) -
             Engine(llm, execution="joint", schedule=schedule) as engine,  # type: ignore[arg-type]
         ):
             if engine._auto is not None:
-                engine._auto.payoff = Patient()
+                engine._auto.payoff, engine._auto.gate = Patient(), AlwaysOpen()
             requests = [engine.submit(prompt, params) for prompt in prompts]
             for _ in range(14 * units):
                 engine.step()
