@@ -129,7 +129,7 @@ def run_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     finally:
         if not options.keep:
             shutil.rmtree(folder)
-            folder.with_suffix(".gguf").unlink(missing_ok=True)
+            rivals.gguf_of(folder).unlink(missing_ok=True)
     return found
 
 

@@ -96,9 +96,14 @@ def missing(
     if name == LLAMA_CPP:
         if llama_cpp is None:
             return "no tree of llama.cpp was given; build one and say --llama-cpp DIR (benchmarks/rivals/llama_cpp.py)"
-        if not checkpoint.with_suffix(".gguf").exists():
+        if not gguf_of(checkpoint).exists():
             return _no_disk(checkpoint, nbytes, "its converter writes every weight once more")
     return None
+
+
+def gguf_of(checkpoint: Path) -> Path:
+    """Where it lies once llama.cpp's converter has written it. Names of models have dots, so no suffix is replaced."""
+    return checkpoint.with_name(f"{checkpoint.name}.gguf")
 
 
 def _no_disk(checkpoint: Path, nbytes: int, why: str) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import memory_limit
-from benchmarks.rivals import Ran
+from benchmarks.rivals import Ran, gguf_of
 
 # Checkpoints with random weights have no tokenizer, and speed does not depend on one.
 _CONVERT = """
@@ -50,7 +50,7 @@ def find_bench(tree: Path) -> Path:
 
 def convert(tree: Path, folder: Path) -> Path:
     """The checkpoint as GGUF beside it, written once; of one that failed nothing is left. RuntimeError says why."""
-    out = folder.with_suffix(".gguf")
+    out = gguf_of(folder)
     if not out.exists():
         partial = out.with_suffix(".part")
         code = _CONVERT.format(tree=str(tree.resolve()), folder=str(folder), out=str(partial))

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import rivals
 from benchmarks.random_checkpoint import write_checkpoint
-from benchmarks.rivals import Limits, llama_cpp
+from benchmarks.rivals import Limits, gguf_of, llama_cpp
 from tests.benchmarks.test_route_replay import SHAPES
 
 _Usage = namedtuple("_Usage", "total used free")
@@ -69,6 +69,17 @@ def test_a_checkpoint_that_cannot_be_converted_is_an_error_of_llama_cpp_alone(
     assert "no space left on device" in found["error"]
     assert not list(checkpoint.parent.glob("*.part"))
     assert not list(checkpoint.parent.glob("*.gguf"))
+
+
+def test_a_converted_checkpoint_keeps_its_whole_name(tree: Path, tmp_path: Path) -> None:
+    """qwen1.5-moe-24 became qwen1.gguf once, which qwen1.9 would have taken for its own."""
+    (tree / "convert_hf_to_gguf.py").write_text(
+        "import sys\nclass TextModel: pass\ndef main():\n    open(sys.argv[-1], 'w').write('whole')\n"
+    )
+    folder = tmp_path / "qwen1.5-moe-24"
+    folder.mkdir()
+    assert llama_cpp.convert(tree, folder) == tmp_path / "qwen1.5-moe-24.gguf" == gguf_of(folder)
+    assert gguf_of(folder).read_text() == "whole"
 
 
 def test_llama_cpp_says_what_it_ran(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
