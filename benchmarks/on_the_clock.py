@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -31,6 +32,7 @@ from expertflow.disturbance import Disturbance, Watch
 from expertflow.engine.llm import LLM
 from expertflow.kv_name import KV_CACHE, kv_cache_of
 from expertflow.models.capture import capture_routes, count_source_layers
+from expertflow.models.meeting import run_together
 from expertflow.sim.clock import Outcome, Pass, Simulation
 from expertflow.sim.hardware import Costs
 
@@ -43,13 +45,17 @@ PROMPT, SETTLE = 32, 16  # tokens before the first step; steps before the first 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run the engine. bytes_per_s: of the link; None: RAM as it is."""
+    """One way to run the engine. bytes_per_s: of the link; None: RAM as it is.
+
+    batches: that share the texts; `run` decodes the first of them, `run_joint` all.
+    """
 
     policy: str
     batch: int
     cache_size: float
     predictor: str = "none"
     bytes_per_s: int | None = None
+    batches: int = 1
 
     @property
     def family(self) -> str:
@@ -109,15 +115,15 @@ class Run:
         return self.hits / sum(self.uses)
 
     def measures(self) -> dict[str, Any]:
-        steps, link = len(self.step_s), self.case.bytes_per_s
-        return {
-            "step_seconds": self.seconds / steps,
-            "hit_ratio": round(self.hit_ratio, 4),
-            "bytes_per_step": round(self.bytes_read / steps),
-            "stall_seconds": sum(self.stall_s) / steps,
-            "link_busy": None if link is None else round(self.bytes_read / link / self.seconds, 4),
-            **self.disturbance.to_dict(),
-        }
+        return _measures(
+            self.case,
+            len(self.step_s),
+            self.seconds,
+            self.hit_ratio,
+            self.bytes_read,
+            sum(self.stall_s),
+            self.disturbance,
+        )
 
 
 def texts(llm: LLM, batch: int, length: int, part: int, of: Sequence[str] = ("prompt", "response")) -> Tensor:
@@ -206,15 +212,7 @@ def run(folder: Path, case: Case, steps: int, part: int, gauge: Gauge | None = N
 
     gauge: looked at before every BLOCK steps that count, and at the end.
     """
-    length = PROMPT + SETTLE + steps
-    settings: dict[str, Any] = {"store": "ram", "cache_size": case.cache_size, "policy": case.policy}
-    settings |= {
-        "predictor": case.predictor,
-        "link": case.bytes_per_s,
-        "batch": case.batch,
-        "context": length,
-    }
-    with LLM(folder, **settings) as llm:
+    with LLM(folder, **_settings(case, steps)) as llm:
         model: Any = llm.model
         cache, predicting = llm.experts.cache, llm.experts.predicting
         store, some = cache.store, ExpertId(0, 0)
@@ -231,7 +229,7 @@ def run(folder: Path, case: Case, steps: int, part: int, gauge: Gauge | None = N
             predicting.cache, predicting.gate = heard, AlwaysOpen()  # type: ignore[assignment]
         tap: Any = _Tap(store)
         cache.memory.store = tap
-        prompt_BT, steps_BT = _prompts_and_steps(llm, case.batch, SETTLE + steps, part)
+        prompt_BT, steps_BT = _prompts_and_steps(llm, case, SETTLE + steps, part)[0]
         with capture_routes(model) as capture, _timed_layers(llm) as layers:
             decode = _read_prompt(model, prompt_BT)
             watch, looks = Watch(), []
@@ -274,12 +272,74 @@ def run(folder: Path, case: Case, steps: int, part: int, gauge: Gauge | None = N
     return done
 
 
-def _prompts_and_steps(llm: LLM, batch: int, steps: int, part: int) -> tuple[Tensor, Tensor]:
-    """[batch, PROMPT] and [batch, steps] token ids. An encoder reads what was asked, its decoder what was answered."""
+@torch.no_grad()
+def run_joint(folder: Path, case: Case, steps: int, part: int) -> dict[str, Any]:
+    """As `run`, of all batches of the case, which meet at every MoE layer; a step is of all. As `Run.measures`."""
+    with LLM(folder, **_settings(case, steps), sequences=case.batch * case.batches) as llm:
+        model: Any = llm.model
+        cache, predicting = llm.experts.cache, llm.experts.predicting
+        if predicting is not None:
+            predicting.gate = AlwaysOpen()
+        batches = [
+            (_read_prompt(model, prompt_BT), steps_BT)
+            for prompt_BT, steps_BT in _prompts_and_steps(llm, case, SETTLE + steps, part)
+        ]
+        watch, began = Watch(), 0.0
+        for number in range(SETTLE + steps):
+            if number == SETTLE:
+                cache.reset_stats()
+                watch, began = Watch(), time.perf_counter()
+            run_together([partial(decode, ids_BT[:, number : number + 1]) for decode, ids_BT in batches])
+        seconds, stats = time.perf_counter() - began, cache.stats
+        if predicting is not None and predicting.stats.failed is not None:
+            raise SystemExit(f"the predictor {case.predictor} failed: {predicting.stats.failed}")
+        return _measures(
+            case, steps, seconds, stats.hit_ratio, stats.bytes_read, stats.stall_seconds, watch.so_far()
+        )
+
+
+def _settings(case: Case, steps: int) -> dict[str, Any]:
+    return {
+        "store": "ram",
+        "cache_size": case.cache_size,
+        "policy": case.policy,
+        "predictor": case.predictor,
+        "link": case.bytes_per_s,
+        "batch": case.batch,
+        "context": PROMPT + SETTLE + steps,
+    }
+
+
+def _measures(
+    case: Case,
+    steps: int,
+    seconds: float,
+    hit_ratio: float,
+    bytes_read: int,
+    stall_seconds: float,
+    disturbance: Disturbance,
+) -> dict[str, Any]:
+    link = case.bytes_per_s
+    return {
+        "step_seconds": seconds / steps,
+        "hit_ratio": round(hit_ratio, 4),
+        "bytes_per_step": round(bytes_read / steps),
+        "stall_seconds": stall_seconds / steps,
+        "link_busy": None if link is None else round(bytes_read / link / seconds, 4),
+        **disturbance.to_dict(),
+    }
+
+
+def _prompts_and_steps(llm: LLM, case: Case, steps: int, part: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each batch [batch, PROMPT] and [batch, steps] token ids. An encoder reads what was asked, its decoder what was
+    answered."""
+    rows = case.batch * case.batches
     if getattr(llm.model.config, "is_encoder_decoder", False):
-        return texts(llm, batch, PROMPT, part, ["prompt"]), texts(llm, batch, steps, part, ["response"])
-    ids_BT = texts(llm, batch, PROMPT + steps, part)
-    return ids_BT[:, :PROMPT], ids_BT[:, PROMPT:]
+        prompt_BT = texts(llm, rows, PROMPT, part, ["prompt"])
+        steps_BT = texts(llm, rows, steps, part, ["response"])
+    else:
+        prompt_BT, steps_BT = texts(llm, rows, PROMPT + steps, part).split([PROMPT, steps], dim=1)
+    return list(zip(prompt_BT.split(case.batch), steps_BT.split(case.batch), strict=True))
 
 
 def _read_prompt(model: Any, ids_BT: Tensor) -> Callable[[Tensor], None]:
@@ -379,6 +439,13 @@ def simulate(
     known = {**POLICIES, **SIMULATED}
     chosen = known[policy or run.case.policy](run.shape, run.num_slots)
     return Simulation(chosen, costs).run(run.passes if passes is None else passes, run.settle)
+
+
+def least_loads(run: Run, num_slots: int) -> float:
+    """That a cache of so many slots makes in a step of this run, knowing all that comes (Belady)."""
+    free = Costs(0.0, 0.0, 0.0, run.chunks)
+    counted = Simulation(SIMULATED["belady"](run.shape, num_slots), free).run(run.passes, run.settle)
+    return counted.loads / len(run.step_s)
 
 
 def bandwidth_for(ratio: float, run: Run, costs: Costs, num_slots: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,9 +23,11 @@ from benchmarks.paper.item import (
     Table,
     Target,
 )
+from benchmarks.rivals import ACCELERATE, LLAMA_CPP
 from benchmarks.shapes import PUBLISHED
 
 TOKENS, THREADS = 24, 2
+FASTER = 7.0  # asked of us, not by the paper, which has neither of these rivals
 
 
 def parts(settings: Settings) -> list[Part]:
@@ -79,7 +83,7 @@ def section(result: Result) -> Section:
         "15.26 to 1.03 GB on Switch-128, 31.35 to 6.38 GB on DeepSeek-MoE, 35.21 to 6.52 GB on Qwen1.5 (Fig. 8).",
         notes,
         [_table(ran)],
-        [_target(row) for row in ran if row["system"] == "ours" and row["layers"] == row["published_layers"]],
+        [target for row in ran if row["system"] == "ours" for target in _targets(row, ran)],
     )
 
 
@@ -87,11 +91,24 @@ def reason(row: Row) -> str:
     return str(row.get("not_run") or row.get("error"))
 
 
-def _target(row: Row) -> Target:
-    asked = PUBLISHED[row["model"]].limit_bytes / 1e9
-    at = f"a cgroup of {row['limit_bytes'] / 1e9:.2f} GB, the interpreter and libraries included"
-    name = f"peak memory, {PUBLISHED[row['model']].title}"
-    return Target(name, asked, row["peak_bytes"] / 1e9, "GB", at, lower_is_better=True)
+def _targets(ours: Row, ran: list[Row]) -> Iterator[Target]:
+    """The paper's memory where all layers ran; over the rivals that decoded the same, what we asked of ourselves."""
+    model = PUBLISHED[ours["model"]]
+    if ours["layers"] == ours["published_layers"]:
+        at = f"a cgroup of {ours['limit_bytes'] / 1e9:.2f} GB, the interpreter and libraries included"
+        peak, asked = ours["peak_bytes"] / 1e9, model.limit_bytes / 1e9
+        yield Target(f"peak memory, {model.title}", asked, peak, "GB", at, lower_is_better=True)
+    for rival in ran:
+        if rival["model"] == ours["model"] and rival["system"] in (ACCELERATE, LLAMA_CPP):
+            share = ours["limit_bytes"] / ours["checkpoint_bytes"]
+            at = f"batch {ours['batch']}, memory of {share:.2f} of the weights, the same cgroup"
+            faster, bound = (rate / rival["tokens_per_s"] for rate in (ours["tokens_per_s"], _bound(ours)))
+            name, of = f"{model.title} over {rival['system']}", "our bytes at the disk's pace"
+            yield Target(name, FASTER, faster, "x", at, bound, of, in_paper=False)
+
+
+def _bound(row: Row) -> float:
+    return row.get("bound_tokens_per_s", math.inf)
 
 
 def _table(rows: list[Row]) -> Table:

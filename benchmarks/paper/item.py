@@ -83,7 +83,8 @@ class Result:
 class Target:
     """A number of the paper, ours beside it, and what nobody could beat.
 
-    unit: "x", "%", "GB" or "". bound: None where none is known. at: the conditions of ours, in words.
+    unit: "x", "%", "GB" or "". bound: None where none is known. at: the conditions of ours, in words. in_paper: False
+    for what we asked of ourselves.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Target:
     bound: float | None = None
     bound_name: str = ""
     lower_is_better: bool = False
+    in_paper: bool = True
 
     @property
     def met(self) -> bool:

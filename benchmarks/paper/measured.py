@@ -10,14 +10,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.on_the_clock import TINY, Case, Run, bandwidth_for, calibrate, run, texts
+from benchmarks.on_the_clock import (
+    TINY,
+    Case,
+    bandwidth_for,
+    calibrate,
+    least_loads,
+    run,
+    run_joint,
+    texts,
+)
 from benchmarks.paper import recordings
 from benchmarks.paper.item import Row, Say, Settings
 from expertflow import LLM, SamplingParams
+from expertflow.cache.gate import AlwaysOpen
 from expertflow.config import format_bandwidth
 from expertflow.disturbance import MOST_OTHERS, MOST_STOLEN, Watch
 from expertflow.engine.engine import Engine
@@ -29,6 +39,21 @@ _STEPS, _QUICK_STEPS, _ZOO_STEPS = 96, 24, 32  # those of the zoo have more laye
 _PROMPT_TOKENS = 32
 _ZOO = {"qwen1.5-moe": 60, "mixtral-8": 8, "switch-32": 32, "switch-64": 64, "switch-128": 128}
 POOLED = "plec"  # the policy that has one pool of slots for all layers; others give each layer its own
+
+
+Together = Literal["one", "both", "joint"]  # a batch by itself; two as one of twice the size; two that meet
+
+
+@dataclass(frozen=True)
+class System:
+    """Who runs what."""
+
+    policy: str
+    predicts: bool = False
+    together: Together = "one"
+
+
+ALL, BOUND = "all in memory", "bound"  # for both batches as one
 
 
 @dataclass(frozen=True)
@@ -61,26 +86,49 @@ def decode(
     small: Small,
     batch: int,
     cache_sizes: Sequence[int],
-    systems: dict[str, tuple[str, bool]],
+    systems: dict[str, System],
     say: Say,
 ) -> list[Row]:
     """Decode steps of known text under each system, and once with every expert in memory.
 
-    systems: name -> policy, and whether it predicts. cache_sizes: slots for each layer that a step runs. An encoder
-    rests while its decoder decodes: the slots of its layers, where a policy gives it any, come on top and lie idle.
+    cache_sizes: slots for each layer that a step runs. An encoder rests while its decoder decodes: the slots of its
+    layers, where a policy gives it any, come on top and lie idle. Bound: nobody decodes faster than with all in memory,
+    nor than the loads of a cache that knows all that comes take on the link.
     """
     steps = _QUICK_STEPS if settings.quick else _STEPS if small.folder == TINY else _ZOO_STEPS
     said = predictor(settings, small, say)
     link, share_that_runs = choose_link(small, batch, steps, say)
-    rows = [
-        _row(small, batch, small.experts, "all in memory", link, _run(small, batch, small.experts, steps))
-    ]
+
+    def row(name: str, cache_size: int, rows: int, measures: dict[str, Any]) -> Row:
+        return {
+            "model": small.name,
+            "batch": batch,
+            "cache_size": cache_size,
+            "system": name,
+            "link": format_bandwidth(link),
+            "tokens_per_s": rows / measures["step_seconds"],
+            **measures,
+        }
+
+    say(f"{small.name}, batch {batch}: {ALL}")
+    free = run(small.folder, Case("lru", 2 * batch, small.experts), steps, part=1)
+    rows = [row(ALL, small.experts, 2 * batch, free.measures())]
     for cache_size in cache_sizes:
-        for name, (policy, predicts) in systems.items():
+        loads = least_loads(free, round(cache_size * free.layers))
+        link_s, all_s = loads * free.expert_bytes / link, rows[0]["step_seconds"]
+        fastest = {"step_seconds": max(all_s, link_s), "bytes_per_step": round(loads * free.expert_bytes)}
+        rows.append(row(BOUND, cache_size, 2 * batch, fastest))
+        for name, system in systems.items():
             say(f"{small.name}, batch {batch}, {cache_size} per layer: {name}")
-            per_layer = cache_size * (share_that_runs if policy == POOLED else 1.0)
-            case = Case(policy, batch, per_layer, said if predicts else "none", link)
-            rows.append(_row(small, batch, cache_size, name, link, run(small.folder, case, steps, part=1)))
+            per_layer = cache_size * (share_that_runs if system.policy == POOLED else 1.0)
+            size = 2 * batch if system.together == "both" else batch
+            batches = 2 * batch // size
+            case = Case(system.policy, size, per_layer, said if system.predicts else "none", link, batches)
+            if system.together == "joint":
+                rows.append(row(name, cache_size, 2 * batch, run_joint(small.folder, case, steps, part=1)))
+            else:
+                measures = run(small.folder, case, steps, part=1).measures()
+                rows.append(row(name, cache_size, size, measures))
     return rows
 
 
@@ -93,23 +141,6 @@ def choose_link(small: Small, batch: int, steps: int, say: Say) -> tuple[int, fl
     return link, free.layers / free.shape.num_layers
 
 
-def _run(small: Small, batch: int, cache_size: int, steps: int) -> Run:
-    return run(small.folder, Case("lru", batch, cache_size), steps, part=1)
-
-
-def _row(small: Small, batch: int, cache_size: int, name: str, link: int, done: Run) -> Row:
-    measures = done.measures()
-    return {
-        "model": small.name,
-        "batch": batch,
-        "cache_size": cache_size,
-        "system": name,
-        "link": format_bandwidth(link),
-        "tokens_per_s": batch / measures["step_seconds"],
-        **measures,
-    }
-
-
 def serve(
     settings: Settings,
     small: Small,
@@ -120,10 +151,15 @@ def serve(
     predictor: str,
     schedule: Any = "fixed",
     execution: Any = "split",
+    tokens: int = 24,
+    tries: bool = False,
     timeline: Timeline | None = None,
 ) -> Row:
-    """Answer prompts by units of two batches over a link; tokens per second with the prompts included."""
-    tokens = 8 if settings.quick else 24
+    """Answer prompts by units of two batches over a link; tokens per second with the prompts included.
+
+    tries: schedule=auto finds out whether it pays; else it is followed in every step.
+    """
+    tokens = 8 if settings.quick else tokens
     options: dict[str, Any] = {"store": "ram", "link": link, "cache_size": SHARE * small.experts}
     options |= {"policy": "lru" if predictor == "none" else "plec", "predictor": predictor}
     options |= {"batch": batch, "sequences": 2 * batch * units, "context": _PROMPT_TOKENS + tokens}
@@ -136,6 +172,8 @@ def serve(
         llm.timeline = timeline
         watch, began = Watch(), time.perf_counter()
         with Engine(llm, execution=execution, schedule=schedule) as engine, torch.no_grad():
+            if engine._auto is not None and not tries:
+                engine._auto.gate = AlwaysOpen()
             outputs = engine.generate(prompts, params)
             stats = engine.stats.to_dict()
         seconds = time.perf_counter() - began

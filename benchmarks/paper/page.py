@@ -78,7 +78,7 @@ def _headlines(targets: Sequence[tuple[Item, Target]]) -> str:
         (
             f"[{item.name}](#{_anchor(item.title)}), {item.mode}",
             target.name,
-            number(target.asked, target.unit),
+            f"{number(target.asked, target.unit)}{'' if target.in_paper else ' (our own aim)'}",
             number(target.got, target.unit),
             "" if target.bound is None else f"{number(target.bound, target.unit)} ({target.bound_name})",
             "met" if target.met else "**not met**",
@@ -91,9 +91,10 @@ def _headlines(targets: Sequence[tuple[Item, Target]]) -> str:
 def verdict(target: Target) -> str:
     """One sentence on a number: met, missed within reach, or out of anybody's reach."""
     ours, paper = number(target.got, target.unit), number(target.asked, target.unit)
+    against = f"where {'the paper has' if target.in_paper else 'we aimed at'} {paper}"
     if target.met:
-        return f"{ours} where the paper has {paper} ({target.at})."
-    said = f"{ours} where the paper has {paper}, so we fall short ({target.at})"
+        return f"{ours} {against} ({target.at})."
+    said = f"{ours} {against}, so we fall short ({target.at})"
     if target.within_bound is None:
         return f"{said}; no bound is known."
     bound = number(target.bound or 0.0, target.unit)

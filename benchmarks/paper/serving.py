@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BATCH, QUICK_BATCH, LINK = 16, 4, "20MB/s"
-WITHOUT, WITH, JOINT = "without TS", "with TS", "joint"
+WITHOUT, WITH, AUTO, JOINT = "without TS", "with TS", "TS where it pays", "joint"
 _WAYS: dict[str, dict[str, Any]] = {
     WITHOUT: {"schedule": "fixed", "execution": "split"},
     WITH: {"schedule": "auto", "execution": "split"},
+    AUTO: {"schedule": "auto", "execution": "split", "tries": True},
     JOINT: {"schedule": "fixed", "execution": "joint"},
 }
 SEQUENTIAL, DUAL = "sequential", "dual-batch"
 _STEPS_DRAWN = 6
 _CALIBRATION_STEPS = 32
-_ROUNDS = 3  # in turn: a processor's pace changes from minute to minute
+_ROUNDS = 2  # in turn: a processor's pace changes from minute to minute
+_TOKENS = 48  # of each answer: enough steps to find out whether it pays, and to profit from it
 
 
 def _batch(settings: Settings) -> int:
@@ -52,7 +54,14 @@ def _serve(settings: Settings, small: measured.Small, say: Say) -> list[Row]:
         for name, way in _WAYS.items():
             say(f"{small.name}, {name}, a link of {link}, round {number + 1} of {_rounds(settings)}")
             row = measured.serve(
-                settings, small, batch=_batch(settings), units=2, link=link, predictor=said, **way
+                settings,
+                small,
+                batch=_batch(settings),
+                units=2,
+                link=link,
+                predictor=said,
+                tokens=_TOKENS,
+                **way,
             )
             rows.append({"way": name, "round": number, **row})
     return rows
@@ -69,6 +78,8 @@ def scheduler_conditions(settings: Settings) -> dict[str, Any]:
         "models": [small.name for small in scheduled],
         "batch": _batch(settings),
         "rounds": _rounds(settings),
+        "ways": list(_WAYS),
+        "tokens": _TOKENS,
         "link of the embedded model": LINK,
         "ratio": measured.RATIO,
         **recordings.conditions(settings, used),
@@ -121,12 +132,21 @@ def scheduler_section(result: Result) -> Section:
             f"Two units of two batches of {result.conditions['batch']}, experts in RAM behind a link, a quarter of "
             f"them in slots; prompts included; {result.conditions['rounds']} runs of each, in turn, as one. The link "
             f"of a Switch is one over which LRU's loads take {result.conditions['ratio']:g} times its arithmetic. "
-            "Late: steps that stayed as they sat, since nothing was prepared in time.",
+            "Late: steps that stayed as they sat, since nothing was prepared in time. `with TS` groups before every "
+            "step; `TS where it pays` is what `--schedule auto` does: it tries steps with and without, and keeps to "
+            "what was faster.",
+            *_found_out(result),
             measured.quiet(result.rows),
         ],
         [Table("With and without the scheduler", header, rows)],
         targets,
     )
+
+
+def _found_out(result: Result) -> Iterator[str]:
+    for row in result.rows:
+        if row["way"] == AUTO:
+            yield f"Found out by {row['model']}, round {row['round'] + 1}: {row['engine']['scheduler']}."
 
 
 def _rate(runs: Sequence[Row]) -> float:

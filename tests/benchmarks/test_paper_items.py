@@ -12,10 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.paper import __main__ as program
-from benchmarks.paper import fig6, fig8, fig10, measured, recordings, results, serving, table1, table2
-from benchmarks.paper.item import Settings
+from benchmarks.paper import (
+    fig6,
+    fig8,
+    fig10,
+    measured,
+    on_clock,
+    recordings,
+    results,
+    serving,
+    table1,
+    table2,
+)
+from benchmarks.paper.item import Result, Settings
 from benchmarks.paper.published import MODELS, count, model_bytes, on_meta, published
-from benchmarks.paper.simulated import CACHE_MOE, GROUPED, JOINT, SYSTEMS, Grid, systems_for
+from benchmarks.paper.simulated import CACHE_MOE, CACHE_MOE_BOTH, GROUPED, JOINT, SYSTEMS, Grid, systems_for
 from benchmarks.paper.units import unit_workload
 from expertflow.cache.policies import SIMULATED
 from expertflow.core import ExpertId, MoEShape
@@ -332,30 +343,74 @@ def test_fig_4_draws_the_last_steps_of_both_pipelines(tmp_path, monkeypatch):
     assert [path.suffix for path in program.draw(serving.FIG4, found, settings)] == [".png", ".svg"]
 
 
-def test_who_has_one_pool_gets_no_slots_of_layers_that_rest(settings, monkeypatch):
-    """Half of the layers are an encoder's: eight for each of the others are four for each of all."""
+@pytest.fixture
+def on_clock_runs(settings, monkeypatch):
+    """Rows of all systems of Fig. 6 on the clock, without a model. Steps take 500 ms; two batches that meet, 800."""
     cases = []
 
     class Done:
+        layers, expert_bytes = 6, 100
+
         def measures(self):
-            return {"step_seconds": 0.5}
+            return {"step_seconds": 0.5, **QUIET}
 
     def run(folder, case, steps, part):
         cases.append(case)
         return Done()
 
+    def run_joint(folder, case, steps, part):
+        cases.append(case)
+        return {"step_seconds": 0.8, **QUIET}
+
     monkeypatch.setattr(measured, "run", run)
+    monkeypatch.setattr(measured, "run_joint", run_joint)
+    monkeypatch.setattr(measured, "least_loads", lambda run, slots: {48: 6.0, 96: 1.0}[slots])
     monkeypatch.setattr(measured, "choose_link", lambda *_: (1000, 0.5))
     small = measured.Small("switch-32", Path("nowhere"), "chat", 32)
-    systems = {"theirs": ("lru", False), "ours": ("plec", True)}
-    rows = measured.decode(settings, small, 4, [8], systems, print)
-    assert [(case.policy, case.cache_size, case.bytes_per_s) for case in cases] == [
-        ("lru", 32, None),
-        ("lru", 8.0, 1000),
-        ("plec", 4.0, 1000),
+    return measured.decode(settings, small, 4, [8, 16], on_clock.SYSTEMS, print), cases
+
+
+QUIET = {"stolen": 0.0, "others": 0.0, "disturbed": False}
+
+
+def test_who_has_one_pool_gets_no_slots_of_layers_that_rest(on_clock_runs):
+    """Half of the layers are an encoder's: eight for each of the others are four for each of all."""
+    _, cases = on_clock_runs
+    assert [
+        (case.policy, case.batch, case.batches, case.cache_size, case.bytes_per_s) for case in cases[:7]
+    ] == [
+        ("lru", 8, 1, 32, None),
+        ("cache-moe", 4, 2, 8.0, 1000),
+        ("pregated-moe", 4, 2, 8.0, 1000),
+        ("lru", 4, 2, 8.0, 1000),
+        ("plec", 4, 2, 4.0, 1000),
+        ("plec", 4, 2, 4.0, 1000),
+        ("cache-moe", 8, 1, 8.0, 1000),
     ]
-    assert [row["cache_size"] for row in rows] == [32, 8, 8]
-    assert {row["tokens_per_s"] for row in rows} == {8.0}
+    assert [case.cache_size for case in cases[7:]] == [16.0, 16.0, 16.0, 8.0, 8.0, 16.0]
+
+
+def test_throughput_on_the_clock_counts_the_rows_that_a_step_decodes(on_clock_runs):
+    """And its bound is the link's where that takes longer than having everything in memory, which is 500 ms."""
+    rows, _ = on_clock_runs
+    rate = {(row["system"], row["cache_size"]): row["tokens_per_s"] for row in rows}
+    assert rate[measured.ALL, 32] == rate[CACHE_MOE_BOTH, 8] == 16.0
+    assert rate[CACHE_MOE, 8] == rate[on_clock.OURS, 8] == 8.0
+    assert rate[on_clock.OURS_JOINT, 8] == 10.0
+    assert rate[measured.BOUND, 8] == pytest.approx(8 / 0.6)
+    assert rate[measured.BOUND, 16] == 16.0
+    conditions = {
+        "models": ["switch-32"],
+        "ratio": 2,
+        "predictor": "none",
+        "systems": list(on_clock.SYSTEMS),
+    }
+    result = Result("fig6", "measured", "", conditions, {"part": {"rows": rows}})
+    section = on_clock.throughput(result)
+    assert [line[-4:] for line in section.tables[0].rows] == [("1.00x", "1.25x", "0.62x", "0%, 0%")] * 2
+    one, joint = section.targets
+    assert (one.got, joint.got) == (1.0, 1.25)
+    assert one.bound == joint.bound == pytest.approx(8 / 0.6 / 8)
 
 
 def test_the_scheduler_on_the_clock_is_judged_by_model(settings, monkeypatch):
@@ -365,8 +420,8 @@ def test_the_scheduler_on_the_clock_is_judged_by_model(settings, monkeypatch):
     monkeypatch.setattr(measured, "models", lambda settings: [tiny, *there])
     monkeypatch.setattr(measured, "choose_link", lambda *_: (5_000_000, 0.5))
 
-    def serve(settings, small, *, batch, units, link, predictor, schedule, execution):
-        engine = {"regroupings": 3, "late": 0}
+    def serve(settings, small, *, batch, units, link, predictor, schedule, execution, tokens, tries=False):
+        engine = {"regroupings": 3, "late": 0, "scheduler": "off: not worth it" if tries else ""}
         faster = next(rates) if small.name == "tiny-moe" else 1.5 if schedule == "auto" else 1.0
         row = {
             "model": small.name,
@@ -378,10 +433,10 @@ def test_the_scheduler_on_the_clock_is_judged_by_model(settings, monkeypatch):
         return row | {"engine": engine, "stolen": 0.0, "others": 0.0, "disturbed": False}
 
     monkeypatch.setattr(measured, "serve", serve)
-    rates = iter([1.0, 3.0, 1.0, 3.0, 3.0, 1.0])  # of the embedded model: ways in turn, twice
+    rates = iter([1.0, 3.0, 2.0, 1.0, 3.0, 3.0, 2.0, 1.0])  # of the embedded model: ways in turn, twice
     monkeypatch.setattr(serving, "_rounds", lambda settings: 2)
     found = results.run(serving.TABLE2, settings, print)
-    assert [(row["model"], row["link"]) for row in found.rows[::6]] == [
+    assert [(row["model"], row["link"]) for row in found.rows[::8]] == [
         ("tiny-moe", "20MB/s"),
         ("switch-32", "5 MB/s"),
     ]
@@ -390,4 +445,5 @@ def test_the_scheduler_on_the_clock_is_judged_by_model(settings, monkeypatch):
         ("tiny-moe, gain of TS on the clock", pytest.approx(100.0)),  # 1 s + 1/3 s and 2/3 s
         ("switch-32, gain of TS on the clock", pytest.approx(50.0)),
     ]
-    assert len(section.tables[0].rows) == 6
+    assert len(section.tables[0].rows) == 8
+    assert "Found out by switch-32, round 2: off: not worth it." in section.notes

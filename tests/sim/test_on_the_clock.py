@@ -20,8 +20,10 @@ from benchmarks.on_the_clock import (
     Run,
     arithmetic,
     bandwidth_for,
+    least_loads,
     over_link,
     run,
+    run_joint,
     simulate,
     texts,
     waiting,
@@ -154,6 +156,28 @@ def test_a_run_of_the_engine_is_recorded_as_it_was(predictor):
         assert outcome.loads * done.expert_bytes == done.bytes_read
 
 
+def test_two_batches_that_meet_load_what_both_as_one_would() -> None:
+    """And the first of them, alone, needs no more than both."""
+    one = Case("lru", 2, 20.0, "none", 2_000_000_000)
+    two = replace(one, batch=1, batches=2)
+    both, joint, first = run(TINY, one, 24, part=0), run_joint(TINY, two, 24, 0), run(TINY, two, 24, 0)
+    wanted = both.measures()
+    assert both.bytes_read > 0
+    assert (joint["bytes_per_step"], joint["hit_ratio"]) == (wanted["bytes_per_step"], wanted["hit_ratio"])
+    assert joint.keys() == wanted.keys()
+    for alone, together in zip(first.passes, both.passes, strict=True):
+        for some, every in zip(alone.experts_L, together.experts_L, strict=True):
+            assert set(some) <= set(every)
+
+
+def test_no_policy_loads_less_than_belady() -> None:
+    made = synthetic("none")
+    loads = {slots: least_loads(made, slots) for slots in (12, 18, 24)}
+    assert loads[12] > loads[18] > loads[24] == 0.0
+    for policy in ("lru", "lfu", "plec"):
+        assert simulate(made, replace(TRUE, chunk_s=1e-4), policy).loads / len(made.step_s) >= loads[12]
+
+
 @pytest.mark.parametrize("predictor", ["none", "online"])
 def test_a_decoder_behind_an_encoder_is_run_and_recorded_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predictor: str
@@ -162,7 +186,7 @@ def test_a_decoder_behind_an_encoder_is_run_and_recorded_alone(
     folder = families.write_checkpoint("switch_safetensors", tmp_path / "switch")
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 60, (2, 8), generator=draw), torch.randint(5, 60, (2, SETTLE + 6), generator=draw)
-    monkeypatch.setattr(on_the_clock, "_prompts_and_steps", lambda *_: ids)
+    monkeypatch.setattr(on_the_clock, "_prompts_and_steps", lambda *_: [ids])
     policy = "lru" if predictor == "none" else "plec"
     done, again = (run(folder, Case(policy, 2, 2.0, predictor, 10**9), steps=6, part=0) for _ in range(2))
     encoder = done.passes[0].first_layer
