@@ -25,12 +25,13 @@ from benchmarks.on_the_clock import (
     texts,
 )
 from benchmarks.paper import recordings
-from benchmarks.paper.item import Row, Say, Settings
+from benchmarks.paper.item import Result, Row, Say, Settings
 from expertflow import LLM, SamplingParams
 from expertflow.cache.gate import AlwaysOpen
 from expertflow.config import format_bandwidth
 from expertflow.disturbance import MOST_OTHERS, MOST_STOLEN, Watch
 from expertflow.engine.engine import Engine
+from expertflow.models.fingerprint import fingerprint
 from expertflow.timeline import Timeline
 
 # The link over which LRU's loads take so many times its arithmetic, at a quarter of the experts.
@@ -74,11 +75,30 @@ def models(settings: Settings) -> list[Small]:
 
 
 def predictor(settings: Settings, small: Small, say: Say) -> str:
-    """The trained one's folder; a quick run has the online table."""
+    """The folder of the one trained on recordings of this model. The online table in a quick run, and where the model
+    in the zoo is another training than the recorded one, whose experts have other numbers."""
     if settings.quick:
+        return recordings.UNTRAINED
+    read = recordings.recording(settings, small.name, small.task)
+    with LLM(small.folder, store="ram", cache_size=float(small.experts)) as llm:
+        same = fingerprint(llm.model) == read.trace.meta.fingerprint
+    if not same:
+        say(f"{small.name}: recorded of another training than {small.folder}, so the online table predicts")
         return recordings.UNTRAINED
     recordings.trained(settings, small.name, small.task, say)
     return str(recordings.predictor_folder(settings, small.name, small.task))
+
+
+def untrained(result: Result) -> list[str]:
+    """A sentence on models that nothing was trained for, where others have a trained predictor."""
+    models = dict.fromkeys(
+        row["model"] for row in result.rows if row.get("predictor") == recordings.UNTRAINED
+    )
+    if not models or result.conditions.get("quick"):
+        return []
+    return [
+        f"{', '.join(models)}: with the online table, since the recordings are of another training of that model."
+    ]
 
 
 def decode(
@@ -106,6 +126,7 @@ def decode(
             "cache_size": cache_size,
             "system": name,
             "link": format_bandwidth(link),
+            "predictor": said if said == recordings.UNTRAINED else "trained",
             "tokens_per_s": rows / measures["step_seconds"],
             **measures,
         }
@@ -186,6 +207,7 @@ def serve(
             "link": link,
             "schedule": schedule,
             "execution": execution,
+            "predictor": predictor if predictor == recordings.UNTRAINED else "trained",
             "tokens_per_s": made / seconds,
             "tokens_per_step_s": stats["tokens_per_second"],
             "loads_per_token": loads / made,

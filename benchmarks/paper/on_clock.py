@@ -83,6 +83,7 @@ def throughput(result: Result) -> Section:
             "as one batch of twice the size, and ours with one batch alone. Bound: both batches as one with every "
             "expert in memory, or the loads of a cache that knows all that comes on that link, whichever takes longer. "
             f"SE-MoE is not here: no engine runs it. Predictor: {result.conditions['predictor']}.",
+            *measured.untrained(result),
             measured.quiet([row for row in result.rows if row["system"] != BOUND]),
         ],
         [Table("Tokens per second on the clock", header, rows)],

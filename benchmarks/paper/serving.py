@@ -135,6 +135,7 @@ def scheduler_section(result: Result) -> Section:
             "Late: steps that stayed as they sat, since nothing was prepared in time. `with TS` groups before every "
             "step; `TS where it pays` is what `--schedule auto` does: it tries steps with and without, and keeps to "
             "what was faster.",
+            *measured.untrained(result),
             *_found_out(result),
             measured.quiet(result.rows),
         ],

@@ -31,6 +31,7 @@ from benchmarks.paper.units import unit_workload
 from expertflow.cache.policies import SIMULATED
 from expertflow.core import ExpertId, MoEShape
 from expertflow.trace import TraceWriter, read_trace
+from tests.families import write_checkpoint
 
 COMMITTED = Path(__file__).parents[2] / "zoo" / "traces"
 KEPT = 30  # sequences: ten prompts
@@ -411,6 +412,29 @@ def test_throughput_on_the_clock_counts_the_rows_that_a_step_decodes(on_clock_ru
     one, joint = section.targets
     assert (one.got, joint.got) == (1.0, 1.25)
     assert one.bound == joint.bound == pytest.approx(8 / 0.6 / 8)
+
+
+def test_a_model_that_was_not_recorded_is_predicted_by_the_online_table(settings, tmp_path):
+    """`make zoo` gives other bits on another processor; a predictor of the recorded model would be refused by it."""
+    folder = write_checkpoint("switch_safetensors", tmp_path / "switch-32")
+    said = []
+    whole = replace(settings, quick=False)
+    found = measured.predictor(whole, measured.Small("switch-32", folder, "translation", 8), said.append)
+    assert found == recordings.UNTRAINED
+    assert said == [f"switch-32: recorded of another training than {folder}, so the online table predicts"]
+    rows = [{"model": "switch-32", "predictor": found}, {"model": "tiny-moe", "predictor": "trained"}]
+    result = Result("fig6", "measured", "", {"quick": False}, {"part": {"rows": rows}})
+    assert measured.untrained(result)[0].startswith("switch-32: with the online table")
+    assert measured.untrained(replace(result, conditions={"quick": True})) == []
+
+
+def test_a_model_that_was_recorded_is_predicted_by_the_trained_one(settings, monkeypatch):
+    trained = []
+    monkeypatch.setattr(recordings, "trained", lambda _, *what: trained.append(what[:2]))
+    whole = replace(settings, quick=False, traces=COMMITTED)
+    found = measured.predictor(whole, measured.models(settings)[0], print)
+    assert Path(found).name == "tiny-moe-chat"
+    assert trained == [("tiny-moe", "chat")]
 
 
 def test_the_scheduler_on_the_clock_is_judged_by_model(settings, monkeypatch):
