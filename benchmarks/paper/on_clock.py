@@ -106,7 +106,7 @@ def _fastest(result: Result) -> list[Target]:
         at, asked = f"{best[0]}, CS={best[2]}, BS={best[1]}", min(fig6.OVER_CACHE_MOE.values())
         title = f"small models over Cache-MoE, up to, {how}"
         targets.append(
-            Target(title, asked, faster(best, name), "x", at, faster(best, BOUND), "Belady's loads")
+            Target(title, asked, faster(best, name), "x", at, faster(best, BOUND), "knowing all that comes")
         )
     return targets
 
