@@ -72,6 +72,11 @@ def section(result: Result) -> Section:
         "and experts are those of recordings of small models with the same layers, experts and top-k (`zoo/traces`), "
         "decoded at batch 1 in a memory cgroup. Bound: direct reads as fast as they were measured beside it."
     ]
+    if any(row["system"] == LLAMA_CPP for row in ran):
+        notes.append(
+            "llama.cpp cannot be told what to route: it decodes random tokens, as many experts for each, by the "
+            "checkpoint's random routers. So its hits are other ones than ours, which are in the table."
+        )
     if disturbed := [row for row in ran if row.get("disturbed")]:
         worst = max((row["others"] or 0.0) + (row["stolen"] or 0.0) for row in disturbed)
         notes.append(

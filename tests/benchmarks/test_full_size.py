@@ -123,6 +123,7 @@ def test_the_page_keeps_disturbed_speeds_and_skipped_models_apart(
     assert section.tables[0].rows[1][4] == "0.50"
     text = " ".join(section.notes)
     assert "1 of 3 runs were disturbed, others having up to 50% of the processors" in text
+    assert "llama.cpp cannot be told what to route" in text
     assert "deepseek-moe, all: not run: needs 32.8 GB of disk" in text
     peak, faster = section.targets
     assert (peak.asked, peak.got, peak.met) == (6.52, 6.4, True)
