@@ -40,8 +40,7 @@ _STEPS, _QUICK_STEPS, _ZOO_STEPS = 96, 24, 32  # those of the zoo have more laye
 _PROMPT_TOKENS = 32
 _ZOO = {"qwen1.5-moe": 60, "mixtral-8": 8, "switch-32": 32, "switch-64": 64, "switch-128": 128}
 POOLED = "plec"  # the policy that has one pool of slots for all layers; others give each layer its own
-
-
+ALL, BOUND = "all in memory", "bound"  # for both batches as one
 Together = Literal["one", "both", "joint"]  # a batch by itself; two as one of twice the size; two that meet
 
 
@@ -52,9 +51,6 @@ class System:
     policy: str
     predicts: bool = False
     together: Together = "one"
-
-
-ALL, BOUND = "all in memory", "bound"  # for both batches as one
 
 
 @dataclass(frozen=True)
