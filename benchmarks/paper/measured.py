@@ -85,6 +85,10 @@ def predictor(settings: Settings, small: Small, say: Say) -> str:
     return str(recordings.predictor_folder(settings, small.name, small.task))
 
 
+def _kind(predictor: str) -> str:
+    return predictor if predictor == recordings.UNTRAINED else "trained"
+
+
 def untrained(result: Result) -> list[str]:
     """A sentence on models that nothing was trained for, where others have a trained predictor."""
     models = dict.fromkeys(
@@ -115,15 +119,15 @@ def decode(
     said = predictor(settings, small, say)
     link, share_that_runs = choose_link(small, batch, steps, say)
 
-    def row(name: str, cache_size: int, rows: int, measures: dict[str, Any]) -> Row:
+    def row(name: str, cache_size: int, sequences: int, measures: dict[str, Any]) -> Row:
         return {
             "model": small.name,
             "batch": batch,
             "cache_size": cache_size,
             "system": name,
             "link": format_bandwidth(link),
-            "predictor": said if said == recordings.UNTRAINED else "trained",
-            "tokens_per_s": rows / measures["step_seconds"],
+            "predictor": _kind(said),
+            "tokens_per_s": sequences / measures["step_seconds"],
             **measures,
         }
 
@@ -203,7 +207,7 @@ def serve(
             "link": link,
             "schedule": schedule,
             "execution": execution,
-            "predictor": predictor if predictor == recordings.UNTRAINED else "trained",
+            "predictor": _kind(predictor),
             "tokens_per_s": made / seconds,
             "tokens_per_step_s": stats["tokens_per_second"],
             "loads_per_token": loads / made,

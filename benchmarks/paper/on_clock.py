@@ -25,6 +25,7 @@ SYSTEMS = {
     CACHE_MOE_BOTH: System("cache-moe", together="both"),
 }
 ALONE = {name: system for name, system in SYSTEMS.items() if system.together == "one"}
+DRAWN = (*ALONE, OURS_JOINT, BOUND)
 SHARES = (1 / 4, 1 / 2)  # of the experts that fit
 
 
@@ -127,17 +128,15 @@ def _by_condition(result: Result) -> dict[tuple, dict[str, Row]]:
 
 
 def throughput_figure(result: Result) -> dict[str, Figure]:
-    shown = (*ALONE, OURS_JOINT, BOUND)
-    return {"fig6-measured": _bars(result, "tokens_per_s", 1.0, "tokens per second", shown)}
+    return {"fig6-measured": _bars(result, "tokens_per_s", 1.0, "tokens per second", DRAWN)}
 
 
 def _bars(result: Result, key: str, scale: float, label: str, names: Sequence[str]) -> Figure:
     from benchmarks.paper import style
 
     found = _by_condition(result)
-    drawn = (*ALONE, OURS_JOINT, BOUND)
     palette = (style.ORANGE, style.YELLOW, style.SKY, style.BLUE, style.GREEN, style.BLACK)
-    colours = dict(zip(drawn, palette, strict=True))
+    colours = dict(zip(DRAWN, palette, strict=True))
     shown = list(dict.fromkeys(condition[0] for condition in found)) or ["nothing"]
     figure, axes = style.new_figure(len(shown))
     for column, model in enumerate(shown):
